@@ -1,1 +1,393 @@
-//! placeholder
+//! Every word and SQLSTATE that this proxy says to a peer in its own name, and who is to blame.
+//!
+//! Invariant: pure, and one place: an ErrorResponse or NoticeResponse of ours is written nowhere else. Where
+//! PostgreSQL has words for a case they are PostgreSQL's. Source: PostgreSQL, errcodes.txt; "Error and Notice Message
+//! Fields".
+
+use std::borrow::Cow;
+use std::fmt;
+
+use bytes::{BufMut, BytesMut};
+
+/// Whose fault a failure is; also the metric label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Blame {
+    /// The client: wrong password, broken protocol.
+    Client,
+    /// This process: a limit of ours, a bug of ours.
+    Proxy,
+    /// The server a database lives on now.
+    Source,
+    /// The server a database is to move to.
+    Target,
+    /// Who runs us: a wrong setting, an ordered shutdown.
+    Operator,
+}
+
+impl Blame {
+    /// The word in logs and metric labels.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Client => "client",
+            Self::Proxy => "proxy",
+            Self::Source => "source",
+            Self::Target => "target",
+            Self::Operator => "operator",
+        }
+    }
+}
+
+impl fmt::Display for Blame {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A five-character SQLSTATE.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct SqlState([u8; 5]);
+
+impl SqlState {
+    /// 08001: a connection to the server could not be made.
+    pub const CANNOT_CONNECT: Self = Self(*b"08001");
+    /// 08006: the connection was lost.
+    pub const CONNECTION_FAILURE: Self = Self(*b"08006");
+    /// 08P01: the peer broke the protocol.
+    pub const PROTOCOL_VIOLATION: Self = Self(*b"08P01");
+    /// 0A000: not supported here.
+    pub const FEATURE_NOT_SUPPORTED: Self = Self(*b"0A000");
+    /// 25006: a write in a read-only transaction.
+    pub const READ_ONLY_TRANSACTION: Self = Self(*b"25006");
+    /// 28000: this user may not log in this way.
+    pub const INVALID_AUTHORIZATION: Self = Self(*b"28000");
+    /// 28P01: wrong password (or no such user).
+    pub const INVALID_PASSWORD: Self = Self(*b"28P01");
+    /// 3D000: no such database.
+    pub const UNKNOWN_DATABASE: Self = Self(*b"3D000");
+    /// 42501: not allowed.
+    pub const INSUFFICIENT_PRIVILEGE: Self = Self(*b"42501");
+    /// 42601: not in the grammar.
+    pub const SYNTAX_ERROR: Self = Self(*b"42601");
+    /// 42704: no object of that name.
+    pub const UNDEFINED_OBJECT: Self = Self(*b"42704");
+    /// 53300: no more connections.
+    pub const TOO_MANY_CONNECTIONS: Self = Self(*b"53300");
+    /// 55000: not in the state this needs.
+    pub const WRONG_STATE: Self = Self(*b"55000");
+    /// 55P03: what this needs was not free in time.
+    pub const NOT_AVAILABLE_IN_TIME: Self = Self(*b"55P03");
+    /// 57014: cancelled.
+    pub const QUERY_CANCELED: Self = Self(*b"57014");
+    /// 57P01: closed by the operator.
+    pub const ADMIN_SHUTDOWN: Self = Self(*b"57P01");
+    /// 57P03: not accepting work now; try again.
+    pub const CANNOT_CONNECT_NOW: Self = Self(*b"57P03");
+    /// XX000: a bug of ours.
+    pub const INTERNAL_ERROR: Self = Self(*b"XX000");
+
+    /// A SQLSTATE as a peer sent it; `None` unless it is five of `0-9A-Z`.
+    #[must_use]
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let code: [u8; 5] = bytes.try_into().ok()?;
+        code.iter().all(|c| c.is_ascii_digit() || c.is_ascii_uppercase()).then_some(Self(code))
+    }
+
+    /// The five characters.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        // Only ASCII can be in here: constants above, or `parse`.
+        std::str::from_utf8(&self.0).unwrap_or("XX000")
+    }
+}
+
+impl fmt::Display for SqlState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Debug for SqlState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What the peer may do after it read this.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Severity {
+    /// The connection goes on.
+    Error,
+    /// We close the connection after it.
+    Fatal,
+    /// Worth a look, nothing failed.
+    Warning,
+    /// Told, nothing failed.
+    Notice,
+}
+
+impl Severity {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Error => "ERROR",
+            Self::Fatal => "FATAL",
+            Self::Warning => "WARNING",
+            Self::Notice => "NOTICE",
+        }
+    }
+
+    fn tag(self) -> u8 {
+        match self {
+            Self::Error | Self::Fatal => b'E',
+            Self::Warning | Self::Notice => b'N',
+        }
+    }
+}
+
+/// One thing to tell a peer, and to log once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    /// How bad, and whether the connection survives.
+    pub severity: Severity,
+    /// For programs.
+    pub sqlstate: SqlState,
+    /// For people; no internal address, no full stop.
+    pub message: Cow<'static, str>,
+    /// More of the facts.
+    pub detail: Option<Cow<'static, str>>,
+    /// What to do.
+    pub hint: Option<Cow<'static, str>>,
+    /// Whose fault.
+    pub blame: Blame,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {} ({})", self.severity.as_str(), self.message, self.sqlstate)?;
+        match &self.detail {
+            Some(detail) => write!(f, ": {detail}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for Report {}
+
+impl Report {
+    /// An ERROR: the connection goes on.
+    #[must_use]
+    pub fn error(sqlstate: SqlState, message: impl Into<Cow<'static, str>>, blame: Blame) -> Self {
+        Self { severity: Severity::Error, sqlstate, message: message.into(), detail: None, hint: None, blame }
+    }
+
+    /// A FATAL: the connection is closed after it.
+    #[must_use]
+    pub fn fatal(sqlstate: SqlState, message: impl Into<Cow<'static, str>>, blame: Blame) -> Self {
+        Self { severity: Severity::Fatal, ..Self::error(sqlstate, message, blame) }
+    }
+
+    /// A NOTICE: nothing failed.
+    #[must_use]
+    pub fn notice(message: impl Into<Cow<'static, str>>) -> Self {
+        Self { severity: Severity::Notice, ..Self::error(SqlState(*b"00000"), message, Blame::Proxy) }
+    }
+
+    /// The same with more facts.
+    #[must_use]
+    pub fn with_detail(mut self, detail: impl Into<Cow<'static, str>>) -> Self {
+        self.detail = Some(detail.into());
+        self
+    }
+
+    /// The same with advice.
+    #[must_use]
+    pub fn with_hint(mut self, hint: impl Into<Cow<'static, str>>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// Appends the ErrorResponse (or NoticeResponse) to `out`.
+    pub fn encode(&self, out: &mut BytesMut) {
+        out.put_u8(self.severity.tag());
+        let length_at = out.len();
+        out.put_i32(0);
+        put_field(out, b'S', self.severity.as_str());
+        // V: the severity that is never translated (since 9.6).
+        put_field(out, b'V', self.severity.as_str());
+        put_field(out, b'C', self.sqlstate.as_str());
+        put_field(out, b'M', &self.message);
+        if let Some(detail) = &self.detail {
+            put_field(out, b'D', detail);
+        }
+        if let Some(hint) = &self.hint {
+            put_field(out, b'H', hint);
+        }
+        out.put_u8(0);
+        let length = u32::try_from(out.len() - length_at).unwrap_or(u32::MAX);
+        if let Some(place) = out.get_mut(length_at..length_at + 4) {
+            place.copy_from_slice(&length.to_be_bytes());
+        }
+    }
+
+    /// The message as bytes of its own.
+    #[must_use]
+    pub fn to_bytes(&self) -> BytesMut {
+        let mut out = BytesMut::with_capacity(256);
+        self.encode(&mut out);
+        out
+    }
+}
+
+/// The cases that occur, each in one place.
+impl Report {
+    /// 28P01, for a wrong password and for a user that does not exist alike.
+    #[must_use]
+    pub fn password_authentication_failed(user: &[u8]) -> Self {
+        let message = format!("password authentication failed for user \"{}\"", shown(user));
+        Self::fatal(SqlState::INVALID_PASSWORD, message, Blame::Client)
+    }
+
+    /// 28000: no such user, where no password is asked for (trust).
+    #[must_use]
+    pub fn role_does_not_exist(user: &[u8]) -> Self {
+        let message = format!("role \"{}\" does not exist", shown(user));
+        Self::fatal(SqlState::INVALID_AUTHORIZATION, message, Blame::Client)
+    }
+
+    /// 28000: the client came without TLS and must not.
+    #[must_use]
+    pub fn tls_required() -> Self {
+        Self::fatal(SqlState::INVALID_AUTHORIZATION, "connection requires TLS", Blame::Client)
+            .with_hint("Use sslmode=require or stronger.")
+    }
+
+    /// 3D000.
+    #[must_use]
+    pub fn database_does_not_exist(database: &[u8]) -> Self {
+        let message = format!("database \"{}\" does not exist", shown(database));
+        Self::fatal(SqlState::UNKNOWN_DATABASE, message, Blame::Client)
+    }
+
+    /// 53300: `max_client_conn` is reached.
+    #[must_use]
+    pub fn too_many_clients() -> Self {
+        Self::fatal(SqlState::TOO_MANY_CONNECTIONS, "sorry, too many clients already", Blame::Operator)
+    }
+
+    /// 53300: a per-user limit is reached.
+    #[must_use]
+    pub fn too_many_connections_for_role(user: &[u8]) -> Self {
+        let message = format!("too many connections for role \"{}\"", shown(user));
+        Self::fatal(SqlState::TOO_MANY_CONNECTIONS, message, Blame::Operator)
+    }
+
+    /// 53300: a per-database limit is reached.
+    #[must_use]
+    pub fn too_many_connections_for_database(database: &[u8]) -> Self {
+        let message = format!("too many connections for database \"{}\"", shown(database));
+        Self::fatal(SqlState::TOO_MANY_CONNECTIONS, message, Blame::Operator)
+    }
+
+    /// 08P01: the client's bytes make no sense; `what` says which and why.
+    #[must_use]
+    pub fn protocol_violation(what: impl Into<Cow<'static, str>>) -> Self {
+        Self::fatal(SqlState::PROTOCOL_VIOLATION, what, Blame::Client)
+    }
+
+    /// 0A000: a protocol version that is not 3.x; PostgreSQL's words.
+    #[must_use]
+    pub fn unsupported_protocol(major: u16, minor: u16) -> Self {
+        let message = format!("unsupported frontend protocol {major}.{minor}: server supports 3.0 to 3.2");
+        Self::fatal(SqlState::FEATURE_NOT_SUPPORTED, message, Blame::Client)
+    }
+
+    /// 57P01: the operator closed this connection.
+    #[must_use]
+    pub fn admin_shutdown() -> Self {
+        Self::fatal(
+            SqlState::ADMIN_SHUTDOWN,
+            "terminating connection due to administrator command",
+            Blame::Operator,
+        )
+    }
+
+    /// 57P03: this process takes no new clients because it is going down.
+    #[must_use]
+    pub fn shutting_down() -> Self {
+        Self::fatal(SqlState::CANNOT_CONNECT_NOW, "the database system is shutting down", Blame::Operator)
+    }
+
+    /// 57P03: `DISABLE db`.
+    #[must_use]
+    pub fn database_disabled(database: &[u8]) -> Self {
+        let message = format!("database \"{}\" is disabled", shown(database));
+        Self::fatal(SqlState::CANNOT_CONNECT_NOW, message, Blame::Operator)
+    }
+
+    /// 57P03: no server connection came free within `query_wait_timeout`; safe to retry, nothing was sent.
+    #[must_use]
+    pub fn query_wait_timeout() -> Self {
+        Self::fatal(
+            SqlState::CANNOT_CONNECT_NOW,
+            "no server connection became free in time (query_wait_timeout)",
+            Blame::Proxy,
+        )
+        .with_hint("Nothing was sent to the server; the transaction can be retried.")
+    }
+
+    /// 57P03: held by a pause for longer than `hold_budget`; safe to retry, nothing was sent.
+    #[must_use]
+    pub fn held_too_long() -> Self {
+        Self::fatal(
+            SqlState::CANNOT_CONNECT_NOW,
+            "the database is paused for longer than this client may be held (hold_budget)",
+            Blame::Operator,
+        )
+        .with_hint("Nothing was sent to the server; the transaction can be retried.")
+    }
+
+    /// 57014: a cancel request reached this statement.
+    #[must_use]
+    pub fn query_canceled() -> Self {
+        Self::error(SqlState::QUERY_CANCELED, "canceling statement due to user request", Blame::Client)
+    }
+
+    /// 57014: the login took longer than `client_login_timeout`.
+    #[must_use]
+    pub fn login_timeout() -> Self {
+        Self::fatal(SqlState::QUERY_CANCELED, "canceling authentication due to timeout", Blame::Client)
+    }
+
+    /// 08006: the server connection broke while it was this client's.
+    #[must_use]
+    pub fn server_connection_lost() -> Self {
+        Self::fatal(SqlState::CONNECTION_FAILURE, "server closed the connection unexpectedly", Blame::Source)
+    }
+
+    /// 57P03: no connection to the server can be had now; the cause goes to the log, not to the client.
+    #[must_use]
+    pub fn server_unavailable(database: &[u8]) -> Self {
+        let message = format!("the server of database \"{}\" is not available", shown(database));
+        Self::fatal(SqlState::CANNOT_CONNECT_NOW, message, Blame::Source)
+    }
+
+    /// XX000: a bug of ours.
+    #[must_use]
+    pub fn internal(what: impl Into<Cow<'static, str>>) -> Self {
+        Self::fatal(SqlState::INTERNAL_ERROR, what, Blame::Proxy)
+    }
+}
+
+/// A field's text ends at its first NUL: the protocol has no way to carry one.
+fn put_field(out: &mut BytesMut, code: u8, text: &str) {
+    out.put_u8(code);
+    out.put_slice(text.split('\0').next().unwrap_or_default().as_bytes());
+    out.put_u8(0);
+}
+
+/// Names come as bytes from strangers; a report shows what of them is UTF-8, and not more than PostgreSQL would.
+fn shown(name: &[u8]) -> String {
+    // NAMEDATALEN - 1 is the longest name; four times that leaves room for every encoding.
+    const SHOWN_BYTES_MAX: usize = 252;
+    String::from_utf8_lossy(name.get(..SHOWN_BYTES_MAX).unwrap_or(name)).into_owned()
+}
