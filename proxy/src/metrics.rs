@@ -1,1 +1,351 @@
-//! placeholder
+//! Every figure that this process publishes: its name, its unit, and the counters and guards that move it.
+//!
+//! Invariant: the hot path touches only relaxed counters in its own worker's cache lines; sums, names and labels are made
+//! when somebody reads. Nothing here is global.
+
+use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::ops::AddAssign;
+use std::sync::Arc;
+use std::sync::atomic::AtomicI64;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant};
+
+/// One tally per column of PgBouncer's SHOW STATS, in its order.
+macro_rules! traffic {
+    ($($(#[$doc:meta])* $field:ident),+ $(,)?) => {
+        /// What passed through, summed: counts, bytes and microseconds since the start.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+        pub struct Traffic { $($(#[$doc])* pub $field: u64),+ }
+
+        impl AddAssign for Traffic {
+            fn add_assign(&mut self, other: Self) {
+                $(self.$field = self.$field.wrapping_add(other.$field);)+
+            }
+        }
+
+        impl Traffic {
+            /// What came in addition to `before`.
+            #[must_use]
+            pub fn since(&self, before: &Self) -> Self {
+                Self { $($field: self.$field.saturating_sub(before.$field)),+ }
+            }
+        }
+
+        /// One worker's part, alone in its cache lines (two of 64 bytes: the adjacent-line prefetcher fetches pairs).
+        #[derive(Debug, Default)]
+        #[repr(align(128))]
+        struct Slot { $($field: AtomicU64),+ }
+
+        impl Slot {
+            fn read(&self) -> Traffic {
+                Traffic { $($field: self.$field.load(Relaxed)),+ }
+            }
+        }
+    };
+}
+
+traffic! {
+    /// How often a client was given a server connection.
+    server_assignment_count,
+    /// Transactions that ended.
+    xact_count,
+    /// Queries that ended.
+    query_count,
+    /// Bytes from clients.
+    bytes_received,
+    /// Bytes to clients.
+    bytes_sent,
+    /// Microseconds in transactions.
+    xact_time_us,
+    /// Microseconds in queries.
+    query_time_us,
+    /// Microseconds that clients waited for a server connection.
+    wait_time_us,
+    /// Parse messages from clients.
+    client_parse_count,
+    /// Parse messages to servers.
+    server_parse_count,
+    /// Bind messages.
+    bind_count,
+    /// Logins.
+    client_login_count,
+}
+
+impl Traffic {
+    /// The averages over `elapsed` of PgBouncer's SHOW STATS: counts and bytes become rates per second, times become
+    /// microseconds per transaction, per query, and (waiting) per second.
+    #[must_use]
+    pub fn averages(&self, elapsed: Duration) -> Self {
+        let per_second = |sum: u64| rate(sum, elapsed);
+        Self {
+            server_assignment_count: per_second(self.server_assignment_count),
+            xact_count: per_second(self.xact_count),
+            query_count: per_second(self.query_count),
+            bytes_received: per_second(self.bytes_received),
+            bytes_sent: per_second(self.bytes_sent),
+            xact_time_us: self.xact_time_us.checked_div(self.xact_count).unwrap_or(0),
+            query_time_us: self.query_time_us.checked_div(self.query_count).unwrap_or(0),
+            wait_time_us: per_second(self.wait_time_us),
+            client_parse_count: per_second(self.client_parse_count),
+            server_parse_count: per_second(self.server_parse_count),
+            bind_count: per_second(self.bind_count),
+            client_login_count: per_second(self.client_login_count),
+        }
+    }
+}
+
+fn rate(sum: u64, elapsed: Duration) -> u64 {
+    let per_second = (u128::from(sum) * 1_000_000).checked_div(elapsed.as_micros()).unwrap_or(0);
+    u64::try_from(per_second).unwrap_or(u64::MAX)
+}
+
+/// The traffic of one (database, user) pool, one slot per worker.
+#[derive(Debug)]
+pub struct Stats {
+    slots: Box<[Slot]>,
+}
+
+impl Stats {
+    fn new(workers: usize) -> Self {
+        Self { slots: (0..workers.max(1)).map(|_| Slot::default()).collect() }
+    }
+
+    /// The pen of a session: writes into `worker`'s slot (any number; sessions that share a slot still count right).
+    #[must_use]
+    pub fn meter(self: &Arc<Self>, worker: usize) -> Meter {
+        Meter { slot: worker % self.slots.len(), stats: Arc::clone(self) }
+    }
+
+    /// Summed over the workers. Not one moment's picture: each counter is right, their sum may mix two moments.
+    #[must_use]
+    pub fn read(&self) -> Traffic {
+        self.slots.iter().fold(Traffic::default(), |mut sum, slot| {
+            sum += slot.read();
+            sum
+        })
+    }
+}
+
+/// What a session counts with. Cheap: each call is one relaxed addition, or two; no time is taken here.
+#[derive(Debug, Clone)]
+pub struct Meter {
+    stats: Arc<Stats>,
+    slot: usize,
+}
+
+impl Meter {
+    fn slot(&self) -> &Slot {
+        // `slot` is a remainder by the number of slots, of which there is at least one.
+        &self.stats.slots[self.slot]
+    }
+
+    /// Bytes came from the client.
+    pub fn received(&self, bytes: u64) {
+        self.slot().bytes_received.fetch_add(bytes, Relaxed);
+    }
+
+    /// Bytes went to the client.
+    pub fn sent(&self, bytes: u64) {
+        self.slot().bytes_sent.fetch_add(bytes, Relaxed);
+    }
+
+    /// A transaction of that many microseconds ended.
+    pub fn xact(&self, duration_us: u64) {
+        self.slot().xact_count.fetch_add(1, Relaxed);
+        self.slot().xact_time_us.fetch_add(duration_us, Relaxed);
+    }
+
+    /// So many queries ended, which took so many microseconds together. Called once per transaction.
+    pub fn queries(&self, count: u64, duration_us: u64) {
+        self.slot().query_count.fetch_add(count, Relaxed);
+        self.slot().query_time_us.fetch_add(duration_us, Relaxed);
+    }
+
+    /// The client waited that many microseconds for a server connection.
+    pub fn wait(&self, duration_us: u64) {
+        self.slot().wait_time_us.fetch_add(duration_us, Relaxed);
+    }
+
+    /// The client was given a server connection.
+    pub fn server_assignment(&self) {
+        self.slot().server_assignment_count.fetch_add(1, Relaxed);
+    }
+
+    /// A client logged in.
+    pub fn client_login(&self) {
+        self.slot().client_login_count.fetch_add(1, Relaxed);
+    }
+
+    /// So many Parse messages came from the client and so many went to the server.
+    pub fn parses(&self, from_client: u64, to_server: u64) {
+        self.slot().client_parse_count.fetch_add(from_client, Relaxed);
+        self.slot().server_parse_count.fetch_add(to_server, Relaxed);
+    }
+
+    /// So many Bind messages came from the client.
+    pub fn binds(&self, count: u64) {
+        self.slot().bind_count.fetch_add(count, Relaxed);
+    }
+}
+
+/// All traffic by database and user, and the periods that averages are taken over.
+#[derive(Debug)]
+pub struct Book {
+    workers: usize,
+    pages: RwLock<Pages>,
+}
+
+#[derive(Debug)]
+struct Pages {
+    pools: HashMap<(String, String), Arc<Stats>>,
+    /// What pools that are gone had counted: totals of a database never fall.
+    gone: HashMap<String, Traffic>,
+    /// The last two ends of a period, the older first: averages run from there, so over one to two periods.
+    marks: [Mark; 2],
+}
+
+#[derive(Debug, Clone)]
+struct Mark {
+    at: Instant,
+    totals: BTreeMap<String, Traffic>,
+}
+
+/// A row of SHOW STATS.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DatabaseTraffic {
+    /// The route name.
+    pub database: String,
+    /// Since the start.
+    pub total: Traffic,
+    /// Over the last period.
+    pub average: Traffic,
+}
+
+impl Book {
+    /// How often [`Book::end_period`] is to be called: PgBouncer's `stats_period`.
+    pub const PERIOD: Duration = Duration::from_secs(60);
+
+    /// Empty, for so many workers.
+    #[must_use]
+    pub fn new(workers: usize, now: Instant) -> Self {
+        let mark = Mark { at: now, totals: BTreeMap::new() };
+        let pages = Pages { pools: HashMap::new(), gone: HashMap::new(), marks: [mark.clone(), mark] };
+        Self { workers, pages: RwLock::new(pages) }
+    }
+
+    /// The statistics of one pool; the same as long as anybody holds them. Once per login, not per transaction.
+    #[must_use]
+    pub fn pool(&self, database: &str, user: &str) -> Arc<Stats> {
+        let key = (database.to_owned(), user.to_owned());
+        if let Some(stats) = self.reader().pools.get(&key) {
+            return Arc::clone(stats);
+        }
+        Arc::clone(self.writer().pools.entry(key).or_insert_with(|| Arc::new(Stats::new(self.workers))))
+    }
+
+    /// Ends a period of the averages, and folds pools that nobody holds any more.
+    pub fn end_period(&self, now: Instant) {
+        let mut pages = self.writer();
+        pages.fold_the_gone();
+        let mark = Mark { at: now, totals: pages.totals() };
+        let [_, newer] = &mut pages.marks;
+        let older = std::mem::replace(newer, mark);
+        pages.marks[0] = older;
+    }
+
+    /// By database, in the order of their names.
+    #[must_use]
+    pub fn traffic(&self, now: Instant) -> Vec<DatabaseTraffic> {
+        let pages = self.reader();
+        let [older, _] = &pages.marks;
+        let elapsed = now.saturating_duration_since(older.at);
+        let row = |(database, total): (String, Traffic)| {
+            let before = older.totals.get(&database).copied().unwrap_or_default();
+            DatabaseTraffic { average: total.since(&before).averages(elapsed), database, total }
+        };
+        pages.totals().into_iter().map(row).collect()
+    }
+
+    // A panic elsewhere while the lock was held leaves at worst a pool uncounted; figures go on.
+    fn reader(&self) -> RwLockReadGuard<'_, Pages> {
+        self.pages.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn writer(&self) -> RwLockWriteGuard<'_, Pages> {
+        self.pages.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Pages {
+    fn totals(&self) -> BTreeMap<String, Traffic> {
+        let mut totals: BTreeMap<String, Traffic> = BTreeMap::new();
+        for (database, traffic) in &self.gone {
+            *totals.entry(database.clone()).or_default() += *traffic;
+        }
+        for ((database, _), stats) in &self.pools {
+            *totals.entry(database.clone()).or_default() += stats.read();
+        }
+        totals
+    }
+
+    fn fold_the_gone(&mut self) {
+        let Self { pools, gone, .. } = self;
+        pools.retain(|(database, _), stats| {
+            // Held by the book alone, and the book is locked: nobody can be given it now.
+            let kept = Arc::strong_count(stats) > 1;
+            if !kept {
+                *gone.entry(database.clone()).or_default() += stats.read();
+            }
+            kept
+        });
+    }
+}
+
+/// A number that rises and falls with what exists.
+#[derive(Debug, Clone, Default)]
+pub struct Gauge(Arc<AtomicI64>);
+
+impl Gauge {
+    /// One more, until the guard is dropped.
+    #[must_use = "the gauge falls when this is dropped"]
+    pub fn enter(&self) -> Present {
+        self.0.fetch_add(1, Relaxed);
+        Present(Arc::clone(&self.0))
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn read(&self) -> i64 {
+        self.0.load(Relaxed)
+    }
+}
+
+/// One of those that a [`Gauge`] counts.
+#[derive(Debug)]
+pub struct Present(Arc<AtomicI64>);
+
+impl Drop for Present {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
+
+/// A number that only rises.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// One more.
+    pub fn count(&self) {
+        self.0.fetch_add(1, Relaxed);
+    }
+
+    /// How many there were.
+    #[must_use]
+    pub fn read(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}

@@ -5,3 +5,4 @@
 pub mod store;
 pub mod command;
 pub mod rows;
+pub mod epoch;
