@@ -1,1 +1,643 @@
-//! placeholder
+//! The decision store as text: every statement that the proxies and proxyctl send to it, and what its rows mean.
+//!
+//! Invariant: no IO, and nothing is a parameter: each function returns a whole simple Query, safe for any name under any
+//! `standard_conforming_strings`. A writing text is one message `BEGIN …; SELECT …; COMMIT`, so that a caller who dies
+//! leaves no transaction open at which the others would wait, and so that the role's default isolation or read-only
+//! setting does not matter (R11). Its result counts only once the whole message is acknowledged; after an error send
+//! [`ROLLBACK`] or close the connection.
+
+use std::fmt::{self, Display, Write};
+use std::str::FromStr;
+use thiserror::Error;
+use uuid::Uuid;
+
+/// Tables, functions and the gates view; idempotent. Run it on the target first, then on the source.
+pub const OBJECTS: &str = include_str!("../sql/objects.sql");
+/// The roles and the rights that a cutover needs, for the operator to read and run.
+pub const ROLES: &str = include_str!("../sql/roles.sql");
+/// How each transaction on the store begins.
+pub const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE";
+/// Ends a transaction that an error has left open.
+pub const ROLLBACK: &str = "ROLLBACK";
+
+/// What the fence answers a write with: read-only transaction.
+pub const SQLSTATE_FENCED: &str = "25006";
+/// The wrong state, epoch or run: the message came too late or from someone else.
+pub const SQLSTATE_WRONG_EPOCH: &str = "55000";
+/// `open()`: the last epoch is undecided.
+pub const SQLSTATE_UNDECIDED: &str = "55006";
+/// A writing function was called in another isolation level than READ COMMITTED.
+pub const SQLSTATE_ISOLATION: &str = "25001";
+
+/// The identity of a server: four text columns for [`Identity::decode`]. Works on a primary and in recovery.
+pub const IDENTITY: &str = "SELECT (SELECT c.system_identifier FROM pg_catalog.pg_control_system() c), \
+     CASE WHEN pg_catalog.pg_is_in_recovery() THEN NULL \
+     ELSE pg_catalog.substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 1, 8) END, \
+     pg_catalog.pg_is_in_recovery(), pg_catalog.current_setting('server_version_num')";
+
+/// The name of a database (route) or of a backend: 1 to 50 bytes, so that every object name made from it fits in 63.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Name(String);
+
+/// Why a text is no [`Name`].
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{0:?} is no name here: 1 to 50 bytes without control characters")]
+pub struct BadName(String);
+
+impl Name {
+    /// The longest name, in bytes.
+    pub const BYTES_MAX: usize = 50;
+
+    /// Checks the length; refuses control characters (a NUL would end the message).
+    pub fn new(text: &str) -> Result<Self, BadName> {
+        let fits = (1..=Self::BYTES_MAX).contains(&text.len());
+        if fits && !text.chars().any(char::is_control) {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(BadName(text.to_owned()))
+        }
+    }
+
+    /// The name as it is.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for Name {
+    type Err = BadName;
+    fn from_str(text: &str) -> Result<Self, BadName> {
+        Self::new(text)
+    }
+}
+
+/// How an epoch ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    /// Traffic goes to the target.
+    Commit,
+    /// Traffic stays on the source.
+    Abort,
+}
+
+impl Outcome {
+    /// The word in the store.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Commit => "commit",
+            Self::Abort => "abort",
+        }
+    }
+}
+
+impl Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for Outcome {
+    type Err = BadRow;
+    fn from_str(word: &str) -> Result<Self, BadRow> {
+        match word {
+            "commit" => Ok(Self::Commit),
+            "abort" => Ok(Self::Abort),
+            _ => Err(BadRow::value("outcome", word)),
+        }
+    }
+}
+
+/// One epoch of one run: what every conditional function of the store checks.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Turn {
+    /// The route.
+    pub db: Name,
+    /// The epoch, from 1.
+    pub epoch: u64,
+    /// The run that opened it.
+    pub run: Uuid,
+}
+
+impl Turn {
+    fn arguments(&self) -> String {
+        format!("{}, {}, '{}'", literal(self.db.as_str()), self.epoch, self.run)
+    }
+}
+
+/// An epoch that is open and not decided.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenEpoch {
+    /// The epoch.
+    pub epoch: u64,
+    /// The run that opened it.
+    pub run: Uuid,
+    /// The backend it wants to move to.
+    pub target: String,
+}
+
+/// A decided epoch, from `decision` (here) or `evidence` (decided on the other side).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decision {
+    /// The epoch.
+    pub epoch: u64,
+    /// The run.
+    pub run: Uuid,
+    /// Commit or abort.
+    pub outcome: Outcome,
+    /// The backend that the epoch wanted to move to.
+    pub target: String,
+}
+
+/// What one server's store says of one database, read in one statement.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct StoreView {
+    /// The opened epoch that nothing has decided: hold.
+    pub open: Option<OpenEpoch>,
+    /// The newest decided epoch.
+    pub last: Option<Decision>,
+    /// The newest committed epoch: the one to follow if it is newer than the route's. Not always `last`: an aborted epoch
+    /// may come after the commit that a proxy missed.
+    pub last_commit: Option<Decision>,
+}
+
+/// A proxy as it enrolled itself in `member`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    /// The proxy's instance name.
+    pub instance: String,
+    /// Where its console can be reached, for people and for `proxies` in proxyctl's configuration.
+    pub address: String,
+    /// Its active backend.
+    pub backend: String,
+    /// Its route's epoch; 0 before any switch.
+    pub route_epoch: u64,
+    /// The epoch of its pause, if it has one.
+    pub paused_epoch: Option<u64>,
+    /// How long ago it was seen, by the server's clock; 0 in what a proxy writes.
+    pub seen_ms_ago: u64,
+}
+
+/// Which server this is. A promoted or restored server has another timeline (R14).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// `pg_control_system().system_identifier`.
+    pub system_identifier: u64,
+    /// The timeline of a primary; `None` in recovery.
+    pub timeline: Option<u32>,
+    /// Whether it is a standby.
+    pub in_recovery: bool,
+    /// `server_version_num`, such as 130023.
+    pub version_num: u32,
+}
+
+/// The form of a gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum GateForm {
+    /// A no-op.
+    Open,
+    /// Shut until an abort of its epoch is visible.
+    Fenced,
+    /// Shut until evidence of a commit of its epoch, or a newer one, is visible.
+    Target,
+}
+
+/// One row of `pgcutover.gates`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gate {
+    /// The route.
+    pub db: String,
+    /// Its form; `None` if the function's body is not one of ours.
+    pub form: Option<GateForm>,
+    /// The epoch of the form; 0 for the no-op.
+    pub epoch: u64,
+}
+
+/// A row that is not what the statement promises: another version's store, or not ours.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum BadRow {
+    /// Another number of columns.
+    #[error("the store answered {found} columns where {wanted} were asked for")]
+    Columns {
+        /// Columns that the statement has.
+        wanted: usize,
+        /// Columns that came.
+        found: usize,
+    },
+    /// NULL where a value has to be.
+    #[error("the store answered NULL for {0}")]
+    Null(&'static str),
+    /// A value that can't be read.
+    #[error("the store answered {value:?} for {column}")]
+    Value {
+        /// The column.
+        column: &'static str,
+        /// What came, cut to 80 characters.
+        value: String,
+    },
+}
+
+impl BadRow {
+    fn value(column: &'static str, value: &str) -> Self {
+        Self::Value { column, value: value.chars().take(80).collect() }
+    }
+}
+
+/// A string as SQL reads it back, whatever `standard_conforming_strings` says. NULs, which no server can store, are left out.
+pub fn literal(text: &str) -> String {
+    let backslash = text.contains('\\');
+    let mut out = String::with_capacity(text.len() + 4);
+    out.push_str(if backslash { " E'" } else { "'" });
+    for c in text.chars().filter(|&c| c != '\0') {
+        if c == '\'' || c == '\\' {
+            out.push(c);
+        }
+        out.push(c);
+    }
+    out.push('\'');
+    out
+}
+
+/// A quoted identifier. NULs are left out.
+pub fn identifier(name: &str) -> String {
+    let mut out = String::with_capacity(name.len() + 2);
+    out.push('"');
+    for c in name.chars().filter(|&c| c != '\0') {
+        if c == '"' {
+            out.push('"');
+        }
+        out.push(c);
+    }
+    out.push('"');
+    out
+}
+
+/// `statement` (one or more, `;` between) as one message and one transaction.
+pub fn transaction(statement: &str) -> String {
+    format!("{BEGIN}; {statement}; COMMIT")
+}
+
+fn call(function: &str, arguments: &str) -> String {
+    transaction(&format!("SELECT pgcutover.{function}({arguments})"))
+}
+
+/// The rights of the proxies' control login on the store.
+pub fn grants(role: &str) -> String {
+    include_str!("../sql/grants.sql").replace("{role}", &identifier(role))
+}
+
+/// The rows that are only UPDATEd afterwards, on both sides.
+pub fn seed(db: &Name) -> String {
+    let db = literal(db.as_str());
+    transaction(&format!(
+        "INSERT INTO pgcutover.heartbeat (db, n, at) VALUES ({db}, 0, pg_catalog.now()) ON CONFLICT (db) DO NOTHING; \
+         INSERT INTO pgcutover.sentinel (db, token) VALUES ({db}, '') ON CONFLICT (db) DO NOTHING"
+    ))
+}
+
+/// Opens the next epoch above everything known and above `floor` (the proxies' greatest). One row, one column: the epoch,
+/// for [`decode_epoch`]. Errors: [`SQLSTATE_UNDECIDED`].
+pub fn open(db: &Name, run: Uuid, target: &Name, floor: u64) -> String {
+    call("open", &format!("{}, '{run}', {}, {floor}", literal(db.as_str()), literal(target.as_str())))
+}
+
+/// Records `want` unless an outcome is there, and answers the outcome: one row, one column, for [`Outcome::from_str`].
+/// Errors: [`SQLSTATE_WRONG_EPOCH`] for another run or an unknown epoch; never an outcome then.
+pub fn decide(turn: &Turn, want: Outcome) -> String {
+    call("decide", &format!("{}, '{want}'", turn.arguments()))
+}
+
+/// Writes the evidence of a commit on the target; answers `commit`. Errors: [`SQLSTATE_WRONG_EPOCH`].
+pub fn witness(turn: &Turn, target: &Name) -> String {
+    call("witness", &format!("{}, {}", turn.arguments(), literal(target.as_str())))
+}
+
+/// Fences the source (R3). Errors: [`SQLSTATE_WRONG_EPOCH`] when the epoch is over.
+pub fn flip(turn: &Turn) -> String {
+    call("flip", &turn.arguments())
+}
+
+/// Opens the fence of an aborted epoch (R3). Errors: [`SQLSTATE_WRONG_EPOCH`] when it is not aborted.
+pub fn unfence(turn: &Turn) -> String {
+    call("unfence", &turn.arguments())
+}
+
+/// Puts the target's form on a target that has a gate (R10); answers `t`, or `f` if there is none.
+/// Errors: [`SQLSTATE_WRONG_EPOCH`] when something newer is known there.
+pub fn guard(turn: &Turn) -> String {
+    call("guard", &turn.arguments())
+}
+
+/// Replaces the target's form by the no-op, once the evidence of the epoch is there.
+pub fn settle(turn: &Turn) -> String {
+    call("settle", &turn.arguments())
+}
+
+/// Creates the gate and the event trigger's function as no-ops, unless they are there.
+pub fn arm(db: &Name) -> String {
+    call("arm", &literal(db.as_str()))
+}
+
+/// Puts the gate on one table; answers whether it is new. `lock_timeout` 300 ms: while CREATE TRIGGER queues behind an open
+/// writer, it makes all later writers wait. Errors: 55P03, to be retried.
+pub fn arm_table(db: &Name, schema: &str, table: &str) -> String {
+    one_table("arm_table", db, schema, table)
+}
+
+/// Takes the gate off one table; answers whether it was there. Errors: 55P03, to be retried; 55000 while the gate holds.
+pub fn disarm_table(db: &Name, schema: &str, table: &str) -> String {
+    one_table("disarm_table", db, schema, table)
+}
+
+fn one_table(function: &str, db: &Name, schema: &str, table: &str) -> String {
+    let table = literal(&format!("{}.{}", identifier(schema), identifier(table)));
+    let db = literal(db.as_str());
+    transaction(&format!(
+        "SET LOCAL lock_timeout = 300; SELECT pgcutover.{function}({db}, {table}::pg_catalog.regclass)"
+    ))
+}
+
+/// Drops the gate's functions after its tables are disarmed; never a gate that holds (55000).
+pub fn disarm(db: &Name) -> String {
+    call("disarm", &literal(db.as_str()))
+}
+
+/// Creates the event trigger of an armed route, always on. Errors: 42501 for all but superusers: warn then.
+pub fn event_trigger(db: &Name) -> String {
+    let name = format!("pgcutover_ddl_{db}");
+    let (quoted, function) = (identifier(&name), identifier(&format!("ddl:{db}")));
+    let create = format!("CREATE EVENT TRIGGER {quoted} ON ddl_command_start EXECUTE FUNCTION pgcutover.{function}()");
+    let body = format!(
+        "BEGIN IF NOT EXISTS (SELECT FROM pg_catalog.pg_event_trigger e WHERE e.evtname = {}) THEN {create}; END IF; \
+         ALTER EVENT TRIGGER {quoted} ENABLE ALWAYS; END",
+        literal(&name)
+    );
+    transaction(&format!("DO LANGUAGE plpgsql{}", spaced_literal(&body)))
+}
+
+fn spaced_literal(text: &str) -> String {
+    format!(" {}", literal(text).trim_start())
+}
+
+/// State, newest decision and newest commit of one database in one statement: one row for [`StoreView::decode`].
+pub fn view(db: &Name) -> String {
+    let db = literal(db.as_str());
+    let newest = |condition: &str| {
+        format!(
+            "(SELECT * FROM (SELECT d.epoch, d.run, d.outcome, d.target FROM pgcutover.decision d \
+             WHERE d.db OPERATOR(pg_catalog.=) q.db UNION ALL \
+             SELECT e.epoch, e.run, e.outcome, e.target FROM pgcutover.evidence e WHERE e.db OPERATOR(pg_catalog.=) q.db) u \
+             {condition} ORDER BY u.epoch DESC, u.outcome DESC LIMIT 1)"
+        )
+    };
+    let any = newest("");
+    let commit = newest("WHERE u.outcome OPERATOR(pg_catalog.=) 'commit'");
+    format!(
+        "SELECT s.epoch, s.run, s.target, \
+         (EXISTS (SELECT FROM pgcutover.decision d WHERE d.db OPERATOR(pg_catalog.=) s.db AND d.epoch OPERATOR(pg_catalog.=) s.epoch) \
+         OR EXISTS (SELECT FROM pgcutover.evidence e WHERE e.db OPERATOR(pg_catalog.=) s.db AND e.epoch OPERATOR(pg_catalog.=) s.epoch)), \
+         l.epoch, l.run, l.outcome, l.target, c.epoch, c.run, c.outcome, c.target \
+         FROM (SELECT{}::pg_catalog.text AS db) q \
+         LEFT JOIN pgcutover.state s ON s.db OPERATOR(pg_catalog.=) q.db \
+         LEFT JOIN LATERAL {any} l ON true LEFT JOIN LATERAL {commit} c ON true",
+        if db.starts_with(' ') { db } else { format!(" {db}") }
+    )
+}
+
+/// Writes a proxy's row in `member`.
+pub fn enroll(db: &Name, member: &Member) -> String {
+    let mut values = String::new();
+    for text in [db.as_str(), &member.instance, &member.address, &member.backend] {
+        values.push_str(&literal(text));
+        values.push_str(", ");
+    }
+    let paused = member.paused_epoch.map_or("NULL".to_owned(), |epoch| epoch.to_string());
+    let written = write!(values, "{}, {paused}, pg_catalog.clock_timestamp()", member.route_epoch);
+    debug_assert!(written.is_ok(), "a String takes any text");
+    transaction(&format!(
+        "INSERT INTO pgcutover.member (db, instance, address, backend, route_epoch, paused_epoch, seen_at) VALUES ({values}) \
+         ON CONFLICT (db, instance) DO UPDATE SET address = excluded.address, backend = excluded.backend, \
+         route_epoch = excluded.route_epoch, paused_epoch = excluded.paused_epoch, seen_at = excluded.seen_at"
+    ))
+}
+
+/// Every member of a database, living or not: rows for [`Member::decode`].
+pub fn members(db: &Name) -> String {
+    format!(
+        "SELECT m.instance, m.address, m.backend, m.route_epoch, m.paused_epoch, \
+         GREATEST(0, pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) m.seen_at) \
+         OPERATOR(pg_catalog.*) 1000)::pg_catalog.int8 \
+         FROM pgcutover.member m WHERE m.db OPERATOR(pg_catalog.=) {} ORDER BY m.instance",
+        literal(db.as_str())
+    )
+}
+
+/// Every gate of the server's database: rows for [`Gate::decode`].
+pub const GATES: &str = "SELECT g.db, g.form, g.epoch FROM pgcutover.gates g ORDER BY g.db";
+
+/// Whether this database has the store: one boolean.
+pub const INSTALLED: &str = "SELECT EXISTS (SELECT FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n \
+     ON n.oid OPERATOR(pg_catalog.=) p.pronamespace \
+     WHERE n.nspname OPERATOR(pg_catalog.=) 'pgcutover' AND p.proname OPERATOR(pg_catalog.=) 'decide')";
+
+impl StoreView {
+    /// Reads the one row of [`view`].
+    pub fn decode(row: &[Option<&str>]) -> Result<Self, BadRow> {
+        let [epoch, run, target, decided, rest @ ..] = row else {
+            return Err(BadRow::Columns { wanted: 12, found: row.len() });
+        };
+        let ([last, commit], []) = rest.as_chunks::<4>() else {
+            return Err(BadRow::Columns { wanted: 12, found: row.len() });
+        };
+        let open = match epoch {
+            Some(epoch) if !boolean(*decided, "decided")? => Some(OpenEpoch {
+                epoch: parse(Some(epoch), "epoch")?,
+                run: parse(*run, "run")?,
+                target: text(*target, "target")?,
+            }),
+            Some(_) | None => None,
+        };
+        Ok(Self { open, last: Decision::decode(last)?, last_commit: Decision::decode(commit)? })
+    }
+}
+
+impl Decision {
+    fn decode([epoch, run, outcome, target]: &[Option<&str>; 4]) -> Result<Option<Self>, BadRow> {
+        let Some(epoch) = epoch else { return Ok(None) };
+        Ok(Some(Self {
+            epoch: parse(Some(epoch), "epoch")?,
+            run: parse(*run, "run")?,
+            outcome: Outcome::from_str(required(*outcome, "outcome")?)?,
+            target: text(*target, "target")?,
+        }))
+    }
+}
+
+impl Member {
+    /// Reads one row of [`members`].
+    pub fn decode(row: &[Option<&str>]) -> Result<Self, BadRow> {
+        let [instance, address, backend, route_epoch, paused_epoch, seen_ms_ago] = columns(row)?;
+        Ok(Self {
+            instance: text(instance, "instance")?,
+            address: text(address, "address")?,
+            backend: text(backend, "backend")?,
+            route_epoch: parse(route_epoch, "route_epoch")?,
+            paused_epoch: paused_epoch.map(|epoch| parse(Some(epoch), "paused_epoch")).transpose()?,
+            seen_ms_ago: parse(seen_ms_ago, "seen_at")?,
+        })
+    }
+}
+
+impl Identity {
+    /// Reads the one row of [`IDENTITY`].
+    pub fn decode(row: &[Option<&str>]) -> Result<Self, BadRow> {
+        let [system, timeline, recovery, version] = columns(row)?;
+        // A bigint in SQL: identifiers of servers initialised after 2038 would come back negative.
+        let system: i64 = parse(system, "system_identifier")?;
+        let hex = |digits: &str| u32::from_str_radix(digits, 16).map_err(|_| BadRow::value("timeline", digits));
+        Ok(Self {
+            system_identifier: system.cast_unsigned(),
+            timeline: timeline.map(hex).transpose()?,
+            in_recovery: boolean(recovery, "pg_is_in_recovery")?,
+            version_num: parse(version, "server_version_num")?,
+        })
+    }
+}
+
+impl Gate {
+    /// Reads one row of [`GATES`].
+    pub fn decode(row: &[Option<&str>]) -> Result<Self, BadRow> {
+        let [db, form, epoch] = columns(row)?;
+        let form = match form {
+            None => None,
+            Some("open") => Some(GateForm::Open),
+            Some("fenced") => Some(GateForm::Fenced),
+            Some("target") => Some(GateForm::Target),
+            Some(other) => return Err(BadRow::value("form", other)),
+        };
+        let epoch = if form.is_some() { parse(epoch, "epoch")? } else { 0 };
+        Ok(Self { db: text(db, "db")?, form, epoch })
+    }
+}
+
+/// Reads the answer of [`open`].
+pub fn decode_epoch(row: &[Option<&str>]) -> Result<u64, BadRow> {
+    let [epoch] = columns(row)?;
+    parse(epoch, "epoch")
+}
+
+/// Reads the answer of [`decide`] and [`witness`].
+pub fn decode_outcome(row: &[Option<&str>]) -> Result<Outcome, BadRow> {
+    let [outcome] = columns(row)?;
+    Outcome::from_str(required(outcome, "outcome")?)
+}
+
+/// Reads an answer of one boolean: [`guard`], [`arm_table`], [`disarm_table`], [`INSTALLED`].
+pub fn decode_bool(row: &[Option<&str>]) -> Result<bool, BadRow> {
+    let [answer] = columns(row)?;
+    boolean(answer, "answer")
+}
+
+fn columns<'a, const N: usize>(row: &[Option<&'a str>]) -> Result<[Option<&'a str>; N], BadRow> {
+    row.try_into().map_err(|_| BadRow::Columns { wanted: N, found: row.len() })
+}
+
+fn required<'a>(value: Option<&'a str>, column: &'static str) -> Result<&'a str, BadRow> {
+    value.ok_or(BadRow::Null(column))
+}
+
+fn text(value: Option<&str>, column: &'static str) -> Result<String, BadRow> {
+    required(value, column).map(str::to_owned)
+}
+
+fn parse<T: FromStr>(value: Option<&str>, column: &'static str) -> Result<T, BadRow> {
+    let value = required(value, column)?;
+    value.parse().map_err(|_| BadRow::value(column, value))
+}
+
+fn boolean(value: Option<&str>, column: &'static str) -> Result<bool, BadRow> {
+    match required(value, column)? {
+        "t" => Ok(true),
+        "f" => Ok(false),
+        other => Err(BadRow::value(column, other)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RUN: &str = "6f1c3b62-6a53-4b52-9a0e-0d6d3f0b8f11";
+
+    #[test]
+    fn literals_survive_quotes_and_backslashes() {
+        assert_eq!(literal("o'clock"), "'o''clock'");
+        assert_eq!(literal("a\\b'c"), " E'a\\\\b''c'");
+        assert_eq!(literal("nul\0byte"), "'nulbyte'");
+        assert_eq!(identifier("we\"ird"), "\"we\"\"ird\"");
+    }
+
+    #[test]
+    fn names_have_1_to_50_bytes_and_no_control_characters() {
+        assert!(Name::new("app").is_ok());
+        assert!(Name::new("ä \"b\" 'c' \\d").is_ok());
+        for bad in ["", "a\0b", "a\nb", &"x".repeat(51), &"é".repeat(26)] {
+            assert!(Name::new(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_decision_is_one_message_that_ends_its_transaction() {
+        let turn = Turn { db: Name::new("app").unwrap(), epoch: 7, run: RUN.parse().unwrap() };
+        assert_eq!(
+            decide(&turn, Outcome::Abort),
+            format!(
+                "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; \
+                 SELECT pgcutover.decide('app', 7, '{RUN}', 'abort'); COMMIT"
+            )
+        );
+    }
+
+    #[test]
+    fn an_empty_store_has_nothing_open_and_nothing_decided() {
+        let row = [None, None, None, Some("f"), None, None, None, None, None, None, None, None];
+        assert_eq!(StoreView::decode(&row), Ok(StoreView::default()));
+    }
+
+    #[test]
+    fn an_epoch_is_open_until_it_is_decided() {
+        let mut row = [None; 12];
+        row[..4].copy_from_slice(&[Some("8"), Some(RUN), Some("green"), Some("f")]);
+        row[4..8].copy_from_slice(&[Some("7"), Some(RUN), Some("abort"), Some("green")]);
+        row[8..].copy_from_slice(&[Some("6"), Some(RUN), Some("commit"), Some("blue")]);
+        let view = StoreView::decode(&row).unwrap();
+        assert_eq!(view.open.unwrap().epoch, 8);
+        assert_eq!(view.last.unwrap().outcome, Outcome::Abort);
+        assert_eq!(view.last_commit.unwrap().target, "blue");
+        row[3] = Some("t");
+        assert_eq!(StoreView::decode(&row).unwrap().open, None);
+    }
+
+    #[test]
+    fn bad_rows_are_named_and_never_become_an_outcome() {
+        assert_eq!(StoreView::decode(&[None; 3]), Err(BadRow::Columns { wanted: 12, found: 3 }));
+        assert_eq!(decode_outcome(&[None]), Err(BadRow::Null("outcome")));
+        assert_eq!(decode_outcome(&[Some("Commit")]), Err(BadRow::value("outcome", "Commit")));
+        assert_eq!(decode_epoch(&[Some("-1")]), Err(BadRow::value("epoch", "-1")));
+        assert_eq!(Gate::decode(&[Some("app"), Some("ajar"), Some("1")]), Err(BadRow::value("form", "ajar")));
+    }
+
+    #[test]
+    fn identity_reads_a_primary_and_a_standby() {
+        let primary =
+            Identity::decode(&[Some("7301234567890123456"), Some("0000000A"), Some("f"), Some("130023")]).unwrap();
+        assert_eq!(primary.timeline, Some(10));
+        let standby = Identity::decode(&[Some("-1"), None, Some("t"), Some("170010")]).unwrap();
+        assert_eq!((standby.system_identifier, standby.timeline), (u64::MAX, None));
+    }
+}
