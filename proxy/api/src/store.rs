@@ -8,8 +8,12 @@
 
 use std::fmt::{self, Display, Write};
 use std::str::FromStr;
+
 use thiserror::Error;
-use uuid::Uuid;
+
+use crate::epoch::Claim;
+use crate::epoch::Epoch;
+use crate::epoch::RunId;
 
 /// Tables, functions and the gates view; idempotent. Run it on the target first, then on the source.
 pub const OBJECTS: &str = include_str!("../sql/objects.sql");
@@ -118,15 +122,13 @@ impl FromStr for Outcome {
 pub struct Turn {
     /// The route.
     pub db: Name,
-    /// The epoch, from 1.
-    pub epoch: u64,
-    /// The run that opened it.
-    pub run: Uuid,
+    /// Whose epoch it is.
+    pub claim: Claim,
 }
 
 impl Turn {
     fn arguments(&self) -> String {
-        format!("{}, {}, '{}'", literal(self.db.as_str()), self.epoch, self.run)
+        format!("{}, {}, '{}'", literal(self.db.as_str()), self.claim.epoch, self.claim.run)
     }
 }
 
@@ -134,9 +136,9 @@ impl Turn {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OpenEpoch {
     /// The epoch.
-    pub epoch: u64,
+    pub epoch: Epoch,
     /// The run that opened it.
-    pub run: Uuid,
+    pub run: RunId,
     /// The backend it wants to move to.
     pub target: String,
 }
@@ -145,9 +147,9 @@ pub struct OpenEpoch {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Decision {
     /// The epoch.
-    pub epoch: u64,
+    pub epoch: Epoch,
     /// The run.
-    pub run: Uuid,
+    pub run: RunId,
     /// Commit or abort.
     pub outcome: Outcome,
     /// The backend that the epoch wanted to move to.
@@ -176,9 +178,9 @@ pub struct Member {
     /// Its active backend.
     pub backend: String,
     /// Its route's epoch; 0 before any switch.
-    pub route_epoch: u64,
+    pub route_epoch: Epoch,
     /// The epoch of its pause, if it has one.
-    pub paused_epoch: Option<u64>,
+    pub paused_epoch: Option<Epoch>,
     /// How long ago it was seen, by the server's clock; 0 in what a proxy writes.
     pub seen_ms_ago: u64,
 }
@@ -215,7 +217,7 @@ pub struct Gate {
     /// Its form; `None` if the function's body is not one of ours.
     pub form: Option<GateForm>,
     /// The epoch of the form; 0 for the no-op.
-    pub epoch: u64,
+    pub epoch: Epoch,
 }
 
 /// A row that is not what the statement promises: another version's store, or not ours.
@@ -302,7 +304,7 @@ pub fn seed(db: &Name) -> String {
 
 /// Opens the next epoch above everything known and above `floor` (the proxies' greatest). One row, one column: the epoch,
 /// for [`decode_epoch`]. Errors: [`SQLSTATE_UNDECIDED`].
-pub fn open(db: &Name, run: Uuid, target: &Name, floor: u64) -> String {
+pub fn open(db: &Name, run: RunId, target: &Name, floor: Epoch) -> String {
     call("open", &format!("{}, '{run}', {}, {floor}", literal(db.as_str()), literal(target.as_str())))
 }
 
@@ -520,13 +522,13 @@ impl Gate {
             Some("target") => Some(GateForm::Target),
             Some(other) => return Err(BadRow::value("form", other)),
         };
-        let epoch = if form.is_some() { parse(epoch, "epoch")? } else { 0 };
+        let epoch = if form.is_some() { parse(epoch, "epoch")? } else { Epoch::ZERO };
         Ok(Self { db: text(db, "db")?, form, epoch })
     }
 }
 
 /// Reads the answer of [`open`].
-pub fn decode_epoch(row: &[Option<&str>]) -> Result<u64, BadRow> {
+pub fn decode_epoch(row: &[Option<&str>]) -> Result<Epoch, BadRow> {
     let [epoch] = columns(row)?;
     parse(epoch, "epoch")
 }
@@ -593,7 +595,8 @@ mod tests {
 
     #[test]
     fn a_decision_is_one_message_that_ends_its_transaction() {
-        let turn = Turn { db: Name::new("app").unwrap(), epoch: 7, run: RUN.parse().unwrap() };
+        let claim = Claim { epoch: 7_u64.try_into().unwrap(), run: RUN.parse().unwrap() };
+        let turn = Turn { db: Name::new("app").unwrap(), claim };
         assert_eq!(
             decide(&turn, Outcome::Abort),
             format!(
@@ -616,7 +619,7 @@ mod tests {
         row[4..8].copy_from_slice(&[Some("7"), Some(RUN), Some("abort"), Some("green")]);
         row[8..].copy_from_slice(&[Some("6"), Some(RUN), Some("commit"), Some("blue")]);
         let view = StoreView::decode(&row).unwrap();
-        assert_eq!(view.open.unwrap().epoch, 8);
+        assert_eq!(view.open.unwrap().epoch.as_u64(), 8);
         assert_eq!(view.last.unwrap().outcome, Outcome::Abort);
         assert_eq!(view.last_commit.unwrap().target, "blue");
         row[3] = Some("t");
