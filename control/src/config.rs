@@ -1,0 +1,691 @@
+//! The one TOML file of a cutover: who moves, from where, to where, through which proxies, and how long each part may take.
+//!
+//! Invariant: a `Config` has been checked; whoever holds one checks nothing again. An error names file, key and reason,
+//! and where a key was mistyped the nearest known one.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use pgcutover_api::command::OnTimeout;
+use toml::{Table, Value};
+
+/// Longest route name the decision store takes, in bytes: the names of its functions and triggers carry it
+/// (PostgreSQL cuts identifiers at 63).
+pub const DATABASE_BYTES_MAX: usize = 50;
+
+/// The hold budget a proxy has unless its configuration says otherwise; the real one is read from each proxy when it is armed.
+pub const HOLD_BUDGET_DEFAULT: Duration = Duration::from_secs(15);
+
+/// Everything `proxyctl` was told, checked.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The file it came from.
+    pub path: PathBuf,
+    /// The route name: the database as clients know it on the proxies.
+    pub database: String,
+    /// Where journals are kept; relative paths are relative to the file.
+    pub journal_dir: PathBuf,
+    /// The server that loses its clients.
+    pub source: Side,
+    /// The server that gains them.
+    pub target: Side,
+    /// Every proxy that serves the database.
+    pub proxies: Vec<ProxyAddress>,
+    /// How changes get from source to target.
+    pub replication: Replication,
+    /// Deadlines and limits.
+    pub budgets: Budgets,
+    /// What happens to sequences.
+    pub sequences: Sequences,
+    /// Choices that are not deadlines.
+    pub policy: Policy,
+    /// Whether a slot for the way back is made within the stall.
+    pub way_back: WayBack,
+}
+
+/// One of the two clusters.
+#[derive(Debug, Clone)]
+pub struct Side {
+    /// The backend's name on the proxies.
+    pub backend: String,
+    /// How `proxyctl` itself reaches it (not through a proxy).
+    pub endpoint: Endpoint,
+}
+
+/// The admin console of one proxy.
+#[derive(Debug, Clone)]
+pub struct ProxyAddress {
+    /// The name reports use.
+    pub name: String,
+    /// How to reach its console.
+    pub endpoint: Endpoint,
+}
+
+/// A connection string and how TLS is to be used on it.
+#[derive(Clone)]
+pub struct Endpoint {
+    /// The parsed connection string. Its `sslmode` is overridden by `tls`.
+    pub pg: tokio_postgres::Config,
+    /// libpq's `sslmode`.
+    pub tls: TlsMode,
+    /// libpq's `sslrootcert`.
+    pub root: RootCertificate,
+}
+
+impl Endpoint {
+    /// Host, port and database for people; never the password.
+    pub fn describe(&self) -> String {
+        let host = match self.pg.get_hosts().first() {
+            Some(tokio_postgres::config::Host::Tcp(name)) => name.clone(),
+            Some(tokio_postgres::config::Host::Unix(path)) => path.display().to_string(),
+            None => "localhost".to_owned(),
+        };
+        let port = self.pg.get_ports().first().copied().unwrap_or(5432);
+        format!("{host}:{port}/{}", self.pg.get_dbname().unwrap_or_default())
+    }
+}
+
+impl fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Endpoint({}, {:?})", self.describe(), self.tls)
+    }
+}
+
+/// libpq's `sslmode` as far as a controller needs it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TlsMode {
+    /// Never.
+    Disable,
+    /// If the server offers it, without checking whom we speak to.
+    Prefer,
+    /// Always, without checking whom we speak to.
+    Require,
+    /// Always, and the certificate must come from a known authority.
+    VerifyCa,
+    /// Always, and the certificate must be the host's.
+    VerifyFull,
+}
+
+/// Whose certificates are believed under `verify-ca` and `verify-full`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RootCertificate {
+    /// The operating system's.
+    System,
+    /// Those in a PEM file.
+    File(PathBuf),
+}
+
+/// How changes get from source to target.
+#[derive(Debug, Clone)]
+pub struct Replication {
+    /// The kind; native logical is the only one yet.
+    pub kind: ReplicationKind,
+    /// Subscriptions on the target that must have caught up; empty means all of the target database.
+    pub subscriptions: Vec<String>,
+}
+
+/// The kinds of replication a cutover can drain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReplicationKind {
+    /// Publications and subscriptions of PostgreSQL itself.
+    Logical,
+}
+
+/// Deadlines and limits of a cutover. Checked against each other when the file is read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Budgets {
+    /// How long open transactions may take to end once the gate is shut.
+    pub drain: Duration,
+    /// How long a pause lives without being renewed.
+    pub lease: Duration,
+    /// How often leases are renewed.
+    pub renew: Duration,
+    /// How long the last changes may take to reach the target.
+    pub catch_up: Duration,
+    /// The predicted stall above which a run does not start.
+    pub stall: Duration,
+    /// Replication lag above which a run does not start, bytes of WAL.
+    pub lag_bytes_max: u64,
+    /// Age of the oldest transaction above which a run does not start.
+    pub transaction_age_max: Duration,
+    /// How long writers that passed the gate before the fence may take to end.
+    pub barrier: Duration,
+}
+
+impl Default for Budgets {
+    fn default() -> Budgets {
+        Budgets {
+            drain: Duration::from_secs(2),
+            lease: Duration::from_secs(3),
+            renew: Duration::from_millis(500),
+            catch_up: Duration::from_secs(5),
+            stall: Duration::from_millis(250),
+            lag_bytes_max: 1 << 20,
+            transaction_age_max: Duration::from_secs(1),
+            barrier: Duration::from_secs(1),
+        }
+    }
+}
+
+/// What happens to sequences.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sequences {
+    /// Values left out on the target so that numbers handed out late on the source are not handed out again.
+    pub gap: u32,
+}
+
+/// Choices that are not deadlines.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Policy {
+    /// What happens to transactions that outlast the drain deadline.
+    pub on_timeout: OnTimeout,
+    /// Connections each proxy opens to the target before the pause.
+    pub prewarm: u32,
+    /// The login of the proxies for decisions; gets its rights on our tables when they are made.
+    pub proxy_role: String,
+}
+
+/// Whether a slot for the way back is made within the stall.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WayBack {
+    /// If so, the target needs `wal_level = logical` and a free replication slot.
+    pub enabled: bool,
+}
+
+/// What is wrong with a configuration.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{}: {key}: {reason}", .file.display())]
+pub struct ConfigError {
+    /// The file.
+    pub file: PathBuf,
+    /// The key with its tables, such as `budgets.drain`; `-` for the file as a whole.
+    pub key: String,
+    /// What is wrong with it and what would be right.
+    pub reason: String,
+}
+
+type Checked<T> = Result<T, Wrong>;
+
+/// A key and what is wrong with it; the file is added at the end.
+struct Wrong {
+    key: String,
+    reason: String,
+}
+
+impl Config {
+    /// Reads and checks a file.
+    pub fn load(path: &Path) -> Result<Config, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|error| ConfigError {
+            file: path.to_owned(),
+            key: "-".to_owned(),
+            reason: format!("cannot be read: {error}"),
+        })?;
+        Config::parse(path, &text)
+    }
+
+    /// Checks the text of a file that is called `path`.
+    pub fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
+        read(path, text).map_err(|Wrong { key, reason }| ConfigError { file: path.to_owned(), key, reason })
+    }
+}
+
+fn read(path: &Path, text: &str) -> Checked<Config> {
+    let table: Table = text
+        .parse()
+        .map_err(|error: toml::de::Error| wrong("-", format!("is not TOML: {}", error.to_string().trim())))?;
+    let mut root = Section { path: String::new(), table, asked: Vec::new() };
+    let beside = path.parent().unwrap_or(Path::new("."));
+    let config = Config {
+        path: path.to_owned(),
+        database: root.required("database", Section::text)?,
+        journal_dir: beside.join(root.text("journal_dir")?.unwrap_or_else(|| "runs".to_owned())),
+        source: side(
+            root.section("source")?.ok_or_else(|| wrong("source", "is missing: the server to move away from"))?,
+        )?,
+        target: side(root.section("target")?.ok_or_else(|| wrong("target", "is missing: the server to move to"))?)?,
+        proxies: proxies(root.sections("proxies")?)?,
+        replication: replication(root.section("replication")?)?,
+        budgets: budgets(root.section("budgets")?)?,
+        sequences: sequences(root.section("sequences")?)?,
+        policy: policy(root.section("policy")?)?,
+        way_back: way_back(root.section("way_back")?)?,
+    };
+    root.finish()?;
+    check_names(&config)?;
+    check_deadlines(&config.budgets)?;
+    Ok(config)
+}
+
+fn side(mut section: Section) -> Checked<Side> {
+    let side = Side { backend: section.required("backend", Section::text)?, endpoint: endpoint(&mut section)? };
+    section.finish()?;
+    Ok(side)
+}
+
+fn proxies(sections: Vec<Section>) -> Checked<Vec<ProxyAddress>> {
+    let mut proxies = Vec::new();
+    for mut section in sections {
+        proxies
+            .push(ProxyAddress { name: section.required("name", Section::text)?, endpoint: endpoint(&mut section)? });
+        section.finish()?;
+    }
+    Ok(proxies)
+}
+
+fn endpoint(section: &mut Section) -> Checked<Endpoint> {
+    let dsn = section.required("dsn", Section::text)?;
+    let pg = tokio_postgres::Config::from_str(&dsn)
+        .map_err(|error| wrong(section.key("dsn"), format!("is not a connection string: {}", with_source(&error))))?;
+    let of_dsn = match pg.get_ssl_mode() {
+        tokio_postgres::config::SslMode::Disable => TlsMode::Disable,
+        tokio_postgres::config::SslMode::Require => TlsMode::Require,
+        tokio_postgres::config::SslMode::Prefer | _ => TlsMode::Prefer,
+    };
+    let tls = section.choice("sslmode", TLS_MODES)?.unwrap_or(of_dsn);
+    let root = match section.text("sslrootcert")?.as_deref() {
+        None | Some("system") => RootCertificate::System,
+        Some(file) => RootCertificate::File(file.into()),
+    };
+    Ok(Endpoint { pg, tls, root })
+}
+
+const TLS_MODES: &[(&str, TlsMode)] = &[
+    ("disable", TlsMode::Disable),
+    ("prefer", TlsMode::Prefer),
+    ("require", TlsMode::Require),
+    ("verify-ca", TlsMode::VerifyCa),
+    ("verify-full", TlsMode::VerifyFull),
+];
+
+fn replication(section: Option<Section>) -> Checked<Replication> {
+    let Some(mut section) = section else {
+        return Ok(Replication { kind: ReplicationKind::Logical, subscriptions: Vec::new() });
+    };
+    let replication = Replication {
+        kind: section.choice("kind", &[("logical", ReplicationKind::Logical)])?.unwrap_or(ReplicationKind::Logical),
+        subscriptions: section.texts("subscriptions")?.unwrap_or_default(),
+    };
+    section.finish()?;
+    Ok(replication)
+}
+
+fn budgets(section: Option<Section>) -> Checked<Budgets> {
+    let mut budgets = Budgets::default();
+    let Some(mut section) = section else { return Ok(budgets) };
+    for (key, place) in [
+        ("drain", &mut budgets.drain),
+        ("lease", &mut budgets.lease),
+        ("renew", &mut budgets.renew),
+        ("catch_up", &mut budgets.catch_up),
+        ("stall", &mut budgets.stall),
+        ("transaction_age_max", &mut budgets.transaction_age_max),
+        ("barrier", &mut budgets.barrier),
+    ] {
+        if let Some(given) = section.duration(key)? {
+            *place = given;
+        }
+    }
+    if let Some(bytes) = section.integer("lag_bytes_max")? {
+        budgets.lag_bytes_max = bytes;
+    }
+    section.finish()?;
+    Ok(budgets)
+}
+
+fn sequences(section: Option<Section>) -> Checked<Sequences> {
+    // A proxy pool's worth of sessions that each cached a few numbers stays well below a thousand.
+    let default = Sequences { gap: 1000 };
+    let Some(mut section) = section else { return Ok(default) };
+    let gap = section.small("gap")?.unwrap_or(default.gap);
+    section.finish()?;
+    Ok(Sequences { gap })
+}
+
+fn policy(section: Option<Section>) -> Checked<Policy> {
+    let default = Policy { on_timeout: OnTimeout::Abort, prewarm: 20, proxy_role: "pgcutover_proxy".to_owned() };
+    let Some(mut section) = section else { return Ok(default) };
+    let policy = Policy {
+        on_timeout: section.choice("on_timeout", ON_TIMEOUT)?.unwrap_or(default.on_timeout),
+        prewarm: section.small("prewarm")?.unwrap_or(default.prewarm),
+        proxy_role: section.text("proxy_role")?.unwrap_or(default.proxy_role),
+    };
+    section.finish()?;
+    Ok(policy)
+}
+
+const ON_TIMEOUT: &[(&str, OnTimeout)] =
+    &[("abort", OnTimeout::Abort), ("cancel", OnTimeout::Cancel), ("terminate", OnTimeout::Terminate)];
+
+fn way_back(section: Option<Section>) -> Checked<WayBack> {
+    let Some(mut section) = section else { return Ok(WayBack { enabled: false }) };
+    let enabled = section.flag("enabled")?.unwrap_or(false);
+    section.finish()?;
+    Ok(WayBack { enabled })
+}
+
+fn check_names(config: &Config) -> Checked<()> {
+    if config.database.is_empty() || config.database.len() > DATABASE_BYTES_MAX {
+        return Err(wrong(
+            "database",
+            format!("must have 1 to {DATABASE_BYTES_MAX} bytes, has {}", config.database.len()),
+        ));
+    }
+    if config.source.backend == config.target.backend {
+        return Err(wrong("target.backend", "is the source's: a cutover needs two backends of different names"));
+    }
+    if config.proxies.is_empty() {
+        return Err(wrong("proxies", "is missing: name every proxy that serves the database in a [[proxies]] table"));
+    }
+    for (at, proxy) in config.proxies.iter().enumerate() {
+        if config.proxies.iter().skip(at + 1).any(|other| other.name == proxy.name) {
+            return Err(wrong("proxies.name", format!("'{}' names two proxies", proxy.name)));
+        }
+    }
+    Ok(())
+}
+
+fn check_deadlines(budgets: &Budgets) -> Checked<()> {
+    let must = |holds: bool, key: &str, reason: String| if holds { Ok(()) } else { Err(wrong(key, reason)) };
+    let show = |d: Duration| humantime::format_duration(d).to_string();
+    for (key, given) in [
+        ("budgets.drain", budgets.drain),
+        ("budgets.lease", budgets.lease),
+        ("budgets.renew", budgets.renew),
+        ("budgets.catch_up", budgets.catch_up),
+        ("budgets.barrier", budgets.barrier),
+        ("budgets.stall", budgets.stall),
+    ] {
+        must(!given.is_zero(), key, "must be longer than nothing".to_owned())?;
+    }
+    // A lease must survive one renewal that got lost.
+    must(
+        budgets.renew * 2 < budgets.lease,
+        "budgets.renew",
+        format!(
+            "{} is too seldom for a lease of {}: twice renew must be below lease",
+            show(budgets.renew),
+            show(budgets.lease)
+        ),
+    )?;
+    must(
+        budgets.drain < budgets.lease,
+        "budgets.drain",
+        format!("{} must be below lease ({})", show(budgets.drain), show(budgets.lease)),
+    )?;
+    Ok(())
+}
+
+impl Budgets {
+    /// Whether clients held by a proxy with this hold budget outlive the worst pause; the reason if not.
+    pub fn fit_into(&self, hold: Duration) -> Result<(), String> {
+        let show = |d: Duration| humantime::format_duration(d).to_string();
+        let worst = self.drain + self.barrier + self.catch_up;
+        if self.lease + self.drain >= hold {
+            return Err(format!(
+                "lease + drain ({}) must be below the hold budget ({})",
+                show(self.lease + self.drain),
+                show(hold)
+            ));
+        }
+        if worst >= hold {
+            return Err(format!(
+                "drain + barrier + catch_up ({}) must be below the hold budget ({})",
+                show(worst),
+                show(hold)
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// A TOML table that remembers which keys were asked for, so that the rest can be refused with a suggestion.
+struct Section {
+    path: String,
+    table: Table,
+    asked: Vec<&'static str>,
+}
+
+impl Section {
+    fn key(&self, name: &str) -> String {
+        if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
+    }
+
+    fn take(&mut self, name: &'static str) -> Option<Value> {
+        self.asked.push(name);
+        self.table.remove(name)
+    }
+
+    fn required<T>(
+        &mut self,
+        name: &'static str,
+        read: fn(&mut Section, &'static str) -> Checked<Option<T>>,
+    ) -> Checked<T> {
+        match read(self, name)? {
+            Some(value) => Ok(value),
+            None => {
+                // A mistyped key is the likelier story than a forgotten one.
+                let guess = self.table.keys().find(|key| strsim::jaro_winkler(key, name) > 0.8);
+                let hint = guess.map(|key| format!("; did '{}' mean it?", self.key(key))).unwrap_or_default();
+                Err(wrong(self.key(name), format!("is missing{hint}")))
+            }
+        }
+    }
+
+    fn text(&mut self, name: &'static str) -> Checked<Option<String>> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(other) => Err(self.mistyped(name, "a string", &other)),
+        }
+    }
+
+    fn texts(&mut self, name: &'static str) -> Checked<Option<Vec<String>>> {
+        let Some(value) = self.take(name) else { return Ok(None) };
+        let Value::Array(items) = &value else { return Err(self.mistyped(name, "a list of strings", &value)) };
+        let texts = items.iter().map(|item| item.as_str().map(str::to_owned)).collect::<Option<Vec<_>>>();
+        texts.map(Some).ok_or_else(|| self.mistyped(name, "a list of strings", &value))
+    }
+
+    fn flag(&mut self, name: &'static str) -> Checked<Option<bool>> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::Boolean(flag)) => Ok(Some(flag)),
+            Some(other) => Err(self.mistyped(name, "true or false", &other)),
+        }
+    }
+
+    fn integer(&mut self, name: &'static str) -> Checked<Option<u64>> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::Integer(number)) if number >= 0 => Ok(Some(number.unsigned_abs())),
+            Some(other) => Err(self.mistyped(name, "a number from 0 up", &other)),
+        }
+    }
+
+    fn small(&mut self, name: &'static str) -> Checked<Option<u32>> {
+        let Some(number) = self.integer(name)? else { return Ok(None) };
+        let small =
+            u32::try_from(number).map_err(|_| wrong(self.key(name), format!("{number} is more than {}", u32::MAX)))?;
+        Ok(Some(small))
+    }
+
+    /// PgBouncer's plain seconds, or a string with a unit.
+    fn duration(&mut self, name: &'static str) -> Checked<Option<Duration>> {
+        let expected = "seconds or a string with a unit such as '500ms'";
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::Integer(seconds)) if seconds >= 0 => Ok(Some(Duration::from_secs(seconds.unsigned_abs()))),
+            Some(Value::Float(seconds)) => {
+                let duration = Duration::try_from_secs_f64(seconds);
+                duration.map(Some).map_err(|_| self.mistyped(name, expected, &Value::Float(seconds)))
+            }
+            Some(Value::String(text)) => {
+                let duration = humantime::parse_duration(&text);
+                duration.map(Some).map_err(|_| self.mistyped(name, expected, &Value::String(text)))
+            }
+            Some(other) => Err(self.mistyped(name, expected, &other)),
+        }
+    }
+
+    fn choice<T: Copy>(&mut self, name: &'static str, choices: &[(&'static str, T)]) -> Checked<Option<T>> {
+        let Some(text) = self.text(name)? else { return Ok(None) };
+        if let Some((_, choice)) = choices.iter().find(|(word, _)| *word == text) {
+            return Ok(Some(*choice));
+        }
+        let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
+        let hint = suggestion(&text, &words);
+        Err(wrong(self.key(name), format!("'{text}' is not one of {}{hint}", words.join(", "))))
+    }
+
+    fn section(&mut self, name: &'static str) -> Checked<Option<Section>> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::Table(table)) => Ok(Some(Section { path: self.key(name), table, asked: Vec::new() })),
+            Some(other) => Err(self.mistyped(name, "a table", &other)),
+        }
+    }
+
+    fn sections(&mut self, name: &'static str) -> Checked<Vec<Section>> {
+        let Some(value) = self.take(name) else { return Ok(Vec::new()) };
+        let expected = "a list of tables, each written [[name]]";
+        let Value::Array(items) = &value else { return Err(self.mistyped(name, expected, &value)) };
+        let mut sections = Vec::new();
+        for item in items {
+            let Value::Table(table) = item else { return Err(self.mistyped(name, expected, &value)) };
+            sections.push(Section { path: self.key(name), table: table.clone(), asked: Vec::new() });
+        }
+        Ok(sections)
+    }
+
+    fn mistyped(&self, name: &str, expected: &str, found: &Value) -> Wrong {
+        wrong(self.key(name), format!("must be {expected}, is {} {found}", found.type_str()))
+    }
+
+    /// Refuses keys that nobody asked for.
+    fn finish(self) -> Checked<()> {
+        let Some(unknown) = self.table.keys().next() else { return Ok(()) };
+        let hint = suggestion(unknown, &self.asked);
+        Err(wrong(self.key(unknown), format!("is not a key{hint}")))
+    }
+}
+
+/// `; did you mean 'x'?` where one of `known` is close to `given`.
+fn suggestion(given: &str, known: &[&str]) -> String {
+    let nearest = known.iter().map(|word| (strsim::jaro_winkler(given, word), word)).max_by(|a, b| a.0.total_cmp(&b.0));
+    match nearest {
+        // Below 0.75 words that share a first letter start to match.
+        Some((likeness, word)) if likeness > 0.75 => format!("; did you mean '{word}'?"),
+        Some(_) | None => format!("; known here: {}", known.join(", ")),
+    }
+}
+
+fn wrong(key: impl Into<String>, reason: impl Into<String>) -> Wrong {
+    Wrong { key: key.into(), reason: reason.into() }
+}
+
+fn with_source(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEAST: &str = r#"
+database = "app"
+[source]
+backend = "blue"
+dsn = "host=127.0.0.1 port=5433 user=pgcutover dbname=app"
+[target]
+backend = "green"
+dsn = "host=127.0.0.1 port=5434 user=pgcutover dbname=app"
+[[proxies]]
+name = "p1"
+dsn = "host=127.0.0.1 port=6432 user=admin password=secret dbname=pgcutover"
+"#;
+
+    fn error(text: &str) -> ConfigError {
+        Config::parse(Path::new("/etc/cutover.toml"), text).expect_err("must be refused")
+    }
+
+    fn with(tail: &str) -> String {
+        format!("{LEAST}{tail}")
+    }
+
+    #[test]
+    fn the_least_file_has_the_documented_defaults() {
+        let config = Config::parse(Path::new("/etc/cutover.toml"), LEAST).unwrap();
+        assert_eq!(config.budgets, Budgets::default());
+        assert_eq!(config.journal_dir, Path::new("/etc/runs"));
+        assert_eq!(config.sequences.gap, 1000);
+        assert_eq!(config.policy.prewarm, 20);
+        assert!(!config.way_back.enabled);
+        assert!(Budgets::default().fit_into(HOLD_BUDGET_DEFAULT).is_ok());
+    }
+
+    #[test]
+    fn the_example_in_the_repository_equals_the_defaults() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/cutover.toml");
+        let Ok(text) = std::fs::read_to_string(&path) else { panic!("{} is missing", path.display()) };
+        let config = Config::parse(&path, &text).unwrap();
+        let least = Config::parse(&path, LEAST).unwrap();
+        assert_eq!(config.budgets, least.budgets);
+        assert_eq!(config.policy, least.policy);
+        assert_eq!(config.sequences, least.sequences);
+        assert_eq!(config.way_back, least.way_back);
+    }
+
+    #[test]
+    fn a_mistyped_key_is_named_with_file_and_suggestion() {
+        let text = error(&with("[budgets]\ndrian = '2s'\n")).to_string();
+        assert_eq!(text, "/etc/cutover.toml: budgets.drian: is not a key; did you mean 'drain'?");
+        let text = error(&LEAST.replace("database", "databse")).to_string();
+        assert!(text.contains("database: is missing; did 'databse' mean it?"), "{text}");
+    }
+
+    #[test]
+    fn a_wrong_value_says_what_would_be_right() {
+        let text = error(&with("[budgets]\ndrain = 'soon'\n")).to_string();
+        assert!(text.contains("budgets.drain: must be seconds or a string with a unit"), "{text}");
+        let text = error(&with("[policy]\non_timeout = 'terminat'\n")).to_string();
+        assert!(text.contains("did you mean 'terminate'"), "{text}");
+        let text = error(&with("[policy]\nprewarm = -1\n")).to_string();
+        assert!(text.contains("policy.prewarm: must be a number from 0 up"), "{text}");
+        let text = error(&LEAST.replace("port=5433", "port=blue")).to_string();
+        assert!(text.contains("source.dsn: is not a connection string"), "{text}");
+        let text = error("database = [").to_string();
+        assert!(text.contains("is not TOML"), "{text}");
+    }
+
+    #[test]
+    fn deadlines_are_checked_against_each_other() {
+        assert_eq!(error(&with("[budgets]\nrenew = 2\n")).key, "budgets.renew");
+        assert_eq!(error(&with("[budgets]\ndrain = 3\n")).key, "budgets.drain");
+        assert_eq!(error(&with("[budgets]\nbarrier = 0\n")).key, "budgets.barrier");
+        assert!(Budgets::default().fit_into(Duration::from_secs(5)).is_err());
+        assert!(
+            Budgets { catch_up: Duration::from_secs(20), ..Budgets::default() }.fit_into(HOLD_BUDGET_DEFAULT).is_err()
+        );
+    }
+
+    #[test]
+    fn two_backends_and_proxies_of_different_names_are_needed() {
+        assert_eq!(error(&LEAST.replace("green", "blue")).key, "target.backend");
+        let twice = format!("{LEAST}\n[[proxies]]\nname = \"p1\"\ndsn = \"host=h\"\n");
+        assert_eq!(error(&twice).key, "proxies.name");
+        let none = LEAST.split("[[proxies]]").next().unwrap();
+        assert_eq!(error(none).key, "proxies");
+    }
+
+    #[test]
+    fn no_description_shows_a_password() {
+        let config = Config::parse(Path::new("cutover.toml"), LEAST).unwrap();
+        assert!(!format!("{config:?}").contains("secret"));
+        assert_eq!(config.proxies[0].endpoint.describe(), "127.0.0.1:6432/pgcutover");
+    }
+}

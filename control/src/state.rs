@@ -1,0 +1,512 @@
+//! Where a run stands: a fold over its journal. One function knows every legal move.
+//!
+//! Invariant: pure. A run whose epoch was opened is never undone, and never ends as aborted, before the abort is
+//! decided (PROTOCOL R2); nothing is switched before the commit is (R7).
+
+use std::fmt;
+
+use pgcutover_api::epoch::{Epoch, RunId};
+use pgcutover_api::store::Outcome;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::finding::Finding;
+use crate::plan::{POINT_OF_NO_RETURN, Step};
+
+/// What one step learned, for the report: names and plain values.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Facts(pub Map<String, Value>);
+
+impl Facts {
+    /// No facts yet.
+    pub fn new() -> Facts {
+        Facts::default()
+    }
+
+    /// With one more.
+    #[must_use]
+    pub fn with(mut self, name: &str, value: impl Into<Value>) -> Facts {
+        self.0.insert(name.to_owned(), value.into());
+        self
+    }
+}
+
+/// The outcome of an epoch, as the decision store knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Decision {
+    /// Traffic belongs to the target.
+    Commit,
+    /// Traffic stays on the source.
+    Abort,
+}
+
+impl From<Outcome> for Decision {
+    fn from(outcome: Outcome) -> Decision {
+        match outcome {
+            Outcome::Commit => Decision::Commit,
+            Outcome::Abort => Decision::Abort,
+        }
+    }
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Ending {
+    /// Every proxy serves the target.
+    Committed,
+    /// Traffic is on the source; clients were held for a while.
+    Aborted,
+    /// It did not start: no client was held.
+    Refused,
+    /// Decided, but not every proxy or server has confirmed it; they follow by themselves.
+    Unfinished,
+    /// The source could not be asked; proxies hold by their own rules.
+    Undecided,
+}
+
+impl fmt::Display for Ending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Ending::Committed => "committed",
+            Ending::Aborted => "aborted",
+            Ending::Refused => "refused",
+            Ending::Unfinished => "unfinished",
+            Ending::Undecided => "undecided",
+        })
+    }
+}
+
+/// Who moves where; the first line of every journal.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Began {
+    /// The run.
+    pub run: RunId,
+    /// The route name.
+    pub database: String,
+    /// Backend name of the source.
+    pub source: String,
+    /// Backend name of the target.
+    pub target: String,
+    /// Names of the proxies.
+    pub proxies: Vec<String>,
+    /// Limits in force, milliseconds by name.
+    pub budgets_ms: Vec<(String, u64)>,
+    /// proxyctl's own version.
+    pub proxyctl_version: String,
+}
+
+/// One line of a journal.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// A run begins.
+    Began(Began),
+    /// A step is about to act.
+    Started {
+        /// Which.
+        step: Step,
+    },
+    /// The store opened the epoch for this run.
+    Opened {
+        /// Its number.
+        epoch: Epoch,
+    },
+    /// A step did what it should.
+    Finished {
+        /// Which.
+        step: Step,
+        /// What it learned.
+        facts: Facts,
+    },
+    /// A step did not.
+    Failed {
+        /// Which.
+        step: Step,
+        /// Why.
+        error: String,
+    },
+    /// The store's answer is known.
+    Decided {
+        /// What it said.
+        outcome: Decision,
+    },
+    /// What a step did was taken back.
+    Undone {
+        /// Which.
+        step: Step,
+    },
+    /// It could not be taken back; harmless to either side, but a person should know.
+    UndoFailed {
+        /// Which.
+        step: Step,
+        /// Why.
+        error: String,
+    },
+    /// Something for a person to fix or to know.
+    Found {
+        /// What.
+        finding: Finding,
+    },
+    /// Something seen on the way: versions, positions, moments.
+    Observed {
+        /// What was looked at.
+        what: String,
+        /// What was seen.
+        facts: Facts,
+    },
+    /// The run is over.
+    Ended {
+        /// How.
+        ending: Ending,
+    },
+}
+
+/// What a run is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Nothing was journaled yet.
+    Fresh,
+    /// No step runs; the next one may start.
+    Between,
+    /// A step acts.
+    Running(Step),
+    /// A step failed before the decision: traffic goes back to the source.
+    Aborting,
+    /// Over.
+    Ended(Ending),
+}
+
+/// Where a run stands.
+#[derive(Debug, Clone, PartialEq)]
+pub struct State {
+    /// What it is doing.
+    pub phase: Phase,
+    /// The epoch the store opened for it.
+    pub epoch: Option<Epoch>,
+    /// The store's answer, once known.
+    pub decision: Option<Decision>,
+    /// Steps that were started and not undone, in order.
+    pub touched: Vec<Step>,
+    /// Steps that failed, in order.
+    pub failed: Vec<Step>,
+}
+
+impl Default for State {
+    fn default() -> State {
+        State { phase: Phase::Fresh, epoch: None, decision: None, touched: Vec::new(), failed: Vec::new() }
+    }
+}
+
+/// An event that must not follow what was journaled before it.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("{event} must not follow {phase:?} (epoch {epoch:?}, decision {decision:?})")]
+pub struct IllegalEvent {
+    /// The event's words.
+    pub event: String,
+    /// What the run was doing.
+    pub phase: Phase,
+    /// Its epoch.
+    pub epoch: Option<Epoch>,
+    /// Its decision.
+    pub decision: Option<Decision>,
+}
+
+impl State {
+    /// The state after every event of a journal.
+    pub fn replay<'a>(events: impl IntoIterator<Item = &'a Event>) -> Result<State, IllegalEvent> {
+        events.into_iter().try_fold(State::default(), State::next)
+    }
+
+    /// The state after one more event. Every legal move is here.
+    pub fn next(self, event: &Event) -> Result<State, IllegalEvent> {
+        use Phase::{Aborting, Between, Ended, Fresh, Running};
+        match (event, self.phase) {
+            (Event::Began(_), Fresh) => Ok(self.in_phase(Between)),
+            (Event::Started { step }, Between) if self.may_start(*step) => Ok(self.started(*step)),
+            (Event::Opened { epoch }, Running(Step::Paused)) if self.epoch.is_none() => {
+                Ok(State { epoch: Some(*epoch), ..self })
+            }
+            (Event::Finished { step, .. }, Running(running)) if *step == running && self.may_finish(running) => {
+                Ok(self.in_phase(Between))
+            }
+            (Event::Failed { step, .. }, Running(running)) if *step == running => Ok(self.failed(running)),
+            (Event::Decided { outcome }, Running(POINT_OF_NO_RETURN)) if self.may_be_decided() => {
+                Ok(State { decision: Some(*outcome), ..self })
+            }
+            (Event::Decided { outcome }, Aborting) if self.may_be_decided() => {
+                Ok(self.decided_while_aborting(*outcome))
+            }
+            (Event::Undone { step }, Aborting) if self.may_undo(*step) => Ok(self.undone(*step)),
+            (Event::UndoFailed { step, .. }, Aborting) if self.may_undo(*step) => Ok(self),
+            (Event::Found { .. } | Event::Observed { .. }, Between | Running(_) | Aborting) => Ok(self),
+            (Event::Ended { ending }, Between | Aborting) if self.may_end(*ending) => Ok(self.in_phase(Ended(*ending))),
+            _ => Err(self.refuses(event)),
+        }
+    }
+
+    /// The step that comes next, if the plan goes on.
+    pub fn next_step(&self) -> Option<Step> {
+        match self.touched.last() {
+            None => Some(Step::Armed),
+            Some(last) => last.next(),
+        }
+    }
+
+    fn may_start(&self, step: Step) -> bool {
+        self.next_step() == Some(step) && (step <= POINT_OF_NO_RETURN || self.decision == Some(Decision::Commit))
+    }
+
+    fn may_finish(&self, step: Step) -> bool {
+        match step {
+            Step::Paused => self.epoch.is_some(),
+            POINT_OF_NO_RETURN => self.decision == Some(Decision::Commit),
+            Step::Armed
+            | Step::Calm
+            | Step::Fenced
+            | Step::CaughtUp
+            | Step::Transplanted
+            | Step::Durable
+            | Step::WayBack
+            | Step::Checked
+            | Step::Switched
+            | Step::Resumed => true,
+        }
+    }
+
+    fn may_be_decided(&self) -> bool {
+        self.epoch.is_some() && self.decision.is_none()
+    }
+
+    fn may_undo(&self, step: Step) -> bool {
+        self.touched.contains(&step) && (self.epoch.is_none() || self.decision == Some(Decision::Abort))
+    }
+
+    fn may_end(&self, ending: Ending) -> bool {
+        let aborting = self.phase == Phase::Aborting;
+        match ending {
+            Ending::Committed => !aborting && self.touched.last() == Some(&Step::Resumed) && self.failed.is_empty(),
+            Ending::Unfinished => !aborting && self.decision == Some(Decision::Commit) && !self.failed.is_empty(),
+            Ending::Aborted => aborting && self.decision == Some(Decision::Abort),
+            Ending::Refused => aborting && self.epoch.is_none(),
+            // The epoch may be open in the store although its opening was never answered.
+            Ending::Undecided => {
+                aborting && self.decision.is_none() && self.failed.iter().any(|step| step.holds_clients())
+            }
+        }
+    }
+
+    fn in_phase(self, phase: Phase) -> State {
+        State { phase, ..self }
+    }
+
+    fn started(mut self, step: Step) -> State {
+        self.touched.push(step);
+        self.in_phase(Phase::Running(step))
+    }
+
+    fn failed(mut self, step: Step) -> State {
+        self.failed.push(step);
+        let forward = self.decision == Some(Decision::Commit);
+        self.in_phase(if forward { Phase::Between } else { Phase::Aborting })
+    }
+
+    /// A commit that was thought lost was not: everything from there goes forward.
+    fn decided_while_aborting(mut self, outcome: Decision) -> State {
+        self.decision = Some(outcome);
+        match outcome {
+            Decision::Abort => self,
+            Decision::Commit => {
+                if self.touched.last() < Some(&POINT_OF_NO_RETURN) {
+                    self.touched.push(POINT_OF_NO_RETURN);
+                }
+                self.in_phase(Phase::Between)
+            }
+        }
+    }
+
+    fn undone(mut self, step: Step) -> State {
+        self.touched.retain(|touched| *touched != step);
+        self
+    }
+
+    fn refuses(&self, event: &Event) -> IllegalEvent {
+        IllegalEvent { event: format!("{event:?}"), phase: self.phase, epoch: self.epoch, decision: self.decision }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn epoch(number: u64) -> Epoch {
+        Epoch::try_from(number).unwrap()
+    }
+
+    fn began() -> Event {
+        Event::Began(Began {
+            run: RunId::random(),
+            database: "app".into(),
+            source: "blue".into(),
+            target: "green".into(),
+            proxies: vec!["p1".into()],
+            budgets_ms: Vec::new(),
+            proxyctl_version: "0".into(),
+        })
+    }
+
+    fn finished(step: Step) -> Event {
+        Event::Finished { step, facts: Facts::new() }
+    }
+
+    fn failed(step: Step) -> Event {
+        Event::Failed { step, error: "no".into() }
+    }
+
+    /// The events of a run that goes well, up to and including `last`.
+    fn happy(last: Step) -> Vec<Event> {
+        let mut events = vec![began()];
+        for step in Step::ALL.into_iter().take_while(|step| *step <= last) {
+            events.push(Event::Started { step });
+            if step == Step::Paused {
+                events.push(Event::Opened { epoch: epoch(7) });
+            }
+            if step == Step::Decided {
+                events.push(Event::Decided { outcome: Decision::Commit });
+            }
+            events.push(finished(step));
+        }
+        events
+    }
+
+    #[test]
+    fn a_run_that_goes_well_ends_committed() {
+        let mut events = happy(Step::Resumed);
+        events.push(Event::Ended { ending: Ending::Committed });
+        assert_eq!(State::replay(&events).unwrap().phase, Phase::Ended(Ending::Committed));
+    }
+
+    #[test]
+    fn a_failure_while_clients_are_held_needs_a_decided_abort_before_anything_is_undone() {
+        for step in Step::ALL.into_iter().filter(|step| step.holds_clients() && *step < POINT_OF_NO_RETURN) {
+            let mut events = happy(step);
+            events.pop();
+            events.push(failed(step));
+            let aborting = State::replay(&events).unwrap();
+            assert_eq!(aborting.phase, Phase::Aborting);
+            assert!(aborting.clone().next(&Event::Undone { step }).is_err());
+            assert!(aborting.clone().next(&Event::Ended { ending: Ending::Aborted }).is_err());
+            assert!(aborting.clone().next(&Event::Ended { ending: Ending::Refused }).is_err());
+            let aborted = aborting.next(&Event::Decided { outcome: Decision::Abort }).unwrap();
+            let aborted = aborted.next(&Event::Undone { step }).unwrap();
+            assert_eq!(
+                aborted.next(&Event::Ended { ending: Ending::Aborted }).unwrap().phase,
+                Phase::Ended(Ending::Aborted)
+            );
+        }
+    }
+
+    #[test]
+    fn a_failure_before_the_pause_is_a_refusal() {
+        let events = [began(), Event::Started { step: Step::Armed }, failed(Step::Armed)];
+        let state = State::replay(&events).unwrap();
+        assert!(state.clone().next(&Event::Ended { ending: Ending::Undecided }).is_err());
+        assert!(state.next(&Event::Ended { ending: Ending::Refused }).is_ok());
+    }
+
+    #[test]
+    fn a_commit_found_while_aborting_goes_forward() {
+        let mut events = happy(Step::Checked);
+        events.extend([
+            Event::Started { step: Step::Decided },
+            failed(Step::Decided),
+            Event::Decided { outcome: Decision::Commit },
+        ]);
+        let state = State::replay(&events).unwrap();
+        assert_eq!(state.next_step(), Some(Step::Switched));
+        assert!(state.clone().next(&Event::Undone { step: Step::Paused }).is_err());
+        assert!(state.next(&Event::Started { step: Step::Switched }).is_ok());
+    }
+
+    #[test]
+    fn nothing_is_switched_before_the_commit() {
+        let mut events = happy(Step::Checked);
+        events.push(Event::Started { step: Step::Decided });
+        let state = State::replay(&events).unwrap();
+        assert!(state.clone().next(&finished(Step::Decided)).is_err());
+        assert!(state.next(&Event::Started { step: Step::Switched }).is_err());
+    }
+
+    #[test]
+    fn a_proxy_that_missed_the_switch_leaves_the_run_unfinished() {
+        let mut events = happy(Step::Decided);
+        events.extend([Event::Started { step: Step::Switched }, failed(Step::Switched)]);
+        events.extend([Event::Started { step: Step::Resumed }, finished(Step::Resumed)]);
+        let state = State::replay(&events).unwrap();
+        assert!(state.clone().next(&Event::Ended { ending: Ending::Committed }).is_err());
+        assert!(state.next(&Event::Ended { ending: Ending::Unfinished }).is_ok());
+    }
+
+    fn any_event() -> impl Strategy<Value = Event> {
+        let step = prop::sample::select(Step::ALL.to_vec());
+        let decision = prop::sample::select(vec![Decision::Commit, Decision::Abort]);
+        let ending = prop::sample::select(vec![
+            Ending::Committed,
+            Ending::Aborted,
+            Ending::Refused,
+            Ending::Unfinished,
+            Ending::Undecided,
+        ]);
+        prop_oneof![
+            Just(began()),
+            step.clone().prop_map(|step| Event::Started { step }),
+            (1..9u64).prop_map(|number| Event::Opened { epoch: epoch(number) }),
+            step.clone().prop_map(finished),
+            step.clone().prop_map(failed),
+            decision.prop_map(|outcome| Event::Decided { outcome }),
+            step.clone().prop_map(|step| Event::Undone { step }),
+            step.prop_map(|step| Event::UndoFailed { step, error: String::new() }),
+            ending.prop_map(|ending| Event::Ended { ending }),
+        ]
+    }
+
+    proptest! {
+        /// Whatever is thrown at it after any prefix of a good run: the promises hold in every state it reaches.
+        #[test]
+        fn no_sequence_of_legal_events_breaks_a_promise(
+            last in prop::sample::select(Step::ALL.to_vec()),
+            cut in 0..3usize,
+            tail in prop::collection::vec(any_event(), 0..60),
+        ) {
+            let mut events = happy(last);
+            events.truncate(events.len() - cut.min(events.len() - 1));
+            let mut state = State::replay(&events).unwrap();
+            for event in tail {
+                let before = state.clone();
+                let Ok(after) = state.clone().next(&event) else { continue };
+                prop_assert!(before.decision.is_none() || after.decision == before.decision, "a decision never changes");
+                prop_assert!(before.epoch.is_none() || after.epoch == before.epoch, "an epoch never changes");
+                if after.touched.len() < before.touched.len() {
+                    prop_assert!(after.epoch.is_none() || after.decision == Some(Decision::Abort), "undone before the abort");
+                }
+                if matches!(after.phase, Phase::Running(step) if step > POINT_OF_NO_RETURN) {
+                    prop_assert_eq!(after.decision, Some(Decision::Commit));
+                }
+                match after.phase {
+                    Phase::Ended(Ending::Aborted) => prop_assert_eq!(after.decision, Some(Decision::Abort)),
+                    Phase::Ended(Ending::Committed | Ending::Unfinished) => {
+                        prop_assert_eq!(after.decision, Some(Decision::Commit));
+                    }
+                    Phase::Ended(Ending::Refused) => prop_assert_eq!(after.epoch, None),
+                    Phase::Ended(Ending::Undecided) => prop_assert_eq!(after.decision, None),
+                    Phase::Fresh | Phase::Between | Phase::Running(_) | Phase::Aborting => {}
+                }
+                state = after;
+            }
+        }
+    }
+}
