@@ -1,1 +1,423 @@
-//! placeholder
+//! Decides when a transaction may begin.
+//!
+//! Invariant: while the gate is shut no new [`Pass`] is given out, so once no pass is out none will be until it opens:
+//! a pause that is drained stays drained. A pause is an owned object, not a flag: only its own end, named by its
+//! [`PauseId`], opens the gate. No clock and no IO here; time comes from the caller.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use pgcutover_api::command::EpochPause;
+use pgcutover_api::epoch::Claim;
+use tokio::sync::Notify;
+
+/// The gate of one database.
+#[derive(Debug, Default)]
+pub struct Gate {
+    /// The number of passes out, and [`SHUT`].
+    word: AtomicU64,
+    /// Clients waiting in [`Gate::enter`].
+    held: AtomicU32,
+    pause: Mutex<Shutter>,
+    /// Wakes held clients, in the order in which they came.
+    opened: Notify,
+    /// Wakes whoever waits for the drain or for the end of a pause.
+    moved: Notify,
+}
+
+/// Set while a pause holds the gate.
+const SHUT: u64 = 1 << 63;
+
+#[derive(Debug, Default)]
+struct Shutter {
+    pause: Option<Pause>,
+    last: u64,
+    admitted: HashSet<u64>,
+}
+
+/// Permission to run one transaction. Dropping it is the end of the transaction.
+#[derive(Debug)]
+pub struct Pass {
+    gate: Arc<Gate>,
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        self.gate.leave();
+    }
+}
+
+/// Names one pause of one gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PauseId(u64);
+
+/// The gate held shut.
+#[derive(Debug, Clone)]
+pub struct Pause {
+    /// Its name.
+    pub id: PauseId,
+    /// Who asked: `user@address`, or `watch` for a hold that the proxy made by itself.
+    pub owner: String,
+    /// The epoch; `None` for PgBouncer's kind of pause.
+    pub epoch: Option<EpochPause>,
+    /// When it began.
+    pub since: Instant,
+    /// When its lease ends; `None` = held until somebody resumes.
+    pub lease_ends: Option<Instant>,
+}
+
+/// What a pause is made of.
+#[derive(Debug, Clone)]
+pub struct Intent {
+    /// See [`Pause::owner`].
+    pub owner: String,
+    /// See [`Pause::epoch`].
+    pub epoch: Option<EpochPause>,
+    /// How long the pause lasts unless it is renewed.
+    pub lease: Option<Duration>,
+}
+
+impl Pause {
+    /// Run and epoch of an epoch pause.
+    #[must_use]
+    pub fn claim(&self) -> Option<Claim> {
+        self.epoch.as_ref().map(|epoch| epoch.claim)
+    }
+}
+
+impl Intent {
+    fn claim(&self) -> Option<Claim> {
+        self.epoch.as_ref().map(|epoch| epoch.claim)
+    }
+}
+
+/// How a wait for the drain ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Drained {
+    /// No transaction is open.
+    Yes,
+    /// Somebody ended the pause first.
+    Ended,
+}
+
+/// Why a lease was not renewed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NotRenewed {
+    /// The gate is open.
+    Open,
+    /// Another run or epoch holds it.
+    Other(Claim),
+    /// It is held without an epoch.
+    Unclaimed,
+    /// The lease has ended; it is never revived.
+    Ended,
+}
+
+impl Gate {
+    /// A pass, if the gate is open. The hot path: one atomic addition, no lock.
+    #[must_use]
+    pub fn try_enter(self: &Arc<Self>) -> Option<Pass> {
+        if self.word.fetch_add(1, Ordering::AcqRel) & SHUT == 0 {
+            return Some(Pass { gate: Arc::clone(self) });
+        }
+        self.leave();
+        None
+    }
+
+    /// Waits for a pass. The wait is ended by the end of the pause; the caller adds the client's hold budget, its
+    /// hang-up and its cancel. Cancel safe: dropped while waiting it holds nothing.
+    pub async fn enter(self: &Arc<Self>, client: u64) -> Pass {
+        let _held = Held::new(&self.held);
+        loop {
+            let opened = self.opened.notified();
+            tokio::pin!(opened);
+            // Registered before the gate is tried: an opening in between wakes us.
+            opened.as_mut().enable();
+            if let Some(pass) = self.try_enter().or_else(|| self.admitted(client)) {
+                return pass;
+            }
+            opened.await;
+        }
+    }
+
+    /// Whether new statements have to wait. Cheap enough to ask per batch of frames.
+    #[must_use]
+    pub fn is_shut(&self) -> bool {
+        self.word.load(Ordering::Acquire) & SHUT != 0
+    }
+
+    /// Open transactions.
+    #[must_use]
+    pub fn passes(&self) -> u64 {
+        self.word.load(Ordering::Acquire) & !SHUT
+    }
+
+    /// Held clients.
+    #[must_use]
+    pub fn held(&self) -> u32 {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    /// The pause that holds the gate.
+    #[must_use]
+    pub fn pause(&self) -> Option<Pause> {
+        self.lock().pause.clone()
+    }
+
+    /// Shuts the gate. A hold of the same run and epoch is taken over, with the new owner and lease.
+    ///
+    /// # Errors
+    /// The pause that holds the gate already.
+    pub fn shut(&self, intent: Intent, now: Instant) -> Result<PauseId, Box<Pause>> {
+        let mut shutter = self.lock();
+        if let Some(held) = &shutter.pause {
+            let same = intent.claim().is_some() && held.claim() == intent.claim();
+            // An ended lease is about to be decided: it is not revived by asking again.
+            if !same || held.lease_ends.is_some_and(|end| end <= now) {
+                return Err(Box::new(held.clone()));
+            }
+        }
+        shutter.last += 1;
+        let id = PauseId(shutter.last);
+        let since = shutter.pause.as_ref().map_or(now, |held| held.since);
+        let lease_ends = intent.lease.map(|lease| now + lease);
+        shutter.pause = Some(Pause { id, owner: intent.owner, epoch: intent.epoch, since, lease_ends });
+        self.word.fetch_or(SHUT, Ordering::AcqRel);
+        drop(shutter);
+        self.moved.notify_waiters();
+        Ok(id)
+    }
+
+    /// Lengthens the lease of a claimed pause.
+    ///
+    /// # Errors
+    /// [`NotRenewed`]; an ended lease stays ended.
+    pub fn renew(&self, claim: Claim, lease: Duration, now: Instant) -> Result<(), NotRenewed> {
+        let mut shutter = self.lock();
+        let pause = shutter.pause.as_mut().ok_or(NotRenewed::Open)?;
+        match pause.claim() {
+            None => return Err(NotRenewed::Unclaimed),
+            Some(owner) if owner != claim => return Err(NotRenewed::Other(owner)),
+            Some(_) => {}
+        }
+        if pause.lease_ends.is_none_or(|end| end <= now) {
+            return Err(NotRenewed::Ended);
+        }
+        pause.lease_ends = Some(now + lease);
+        drop(shutter);
+        self.moved.notify_waiters();
+        Ok(())
+    }
+
+    /// Ends the lease at once: what the drain deadline does to a claimed pause, so that the watch decides its epoch.
+    pub fn end_lease(&self, id: PauseId, now: Instant) {
+        if let Some(pause) = self.lock().pause.as_mut().filter(|pause| pause.id == id) {
+            pause.lease_ends = Some(now);
+        }
+        self.moved.notify_waiters();
+    }
+
+    /// Opens the gate, if it is still this pause that holds it; held clients go on in the order in which they came.
+    pub fn open(&self, id: PauseId) -> bool {
+        let mut shutter = self.lock();
+        if shutter.pause.as_ref().map(|pause| pause.id) != Some(id) {
+            return false;
+        }
+        shutter.pause = None;
+        shutter.admitted.clear();
+        self.word.fetch_and(!SHUT, Ordering::AcqRel);
+        drop(shutter);
+        self.opened.notify_waiters();
+        self.moved.notify_waiters();
+        true
+    }
+
+    /// Lets one held client run one transaction, because the drain waits for a lock that its session owns. Does
+    /// nothing once the pause is drained.
+    pub fn admit(&self, id: PauseId, client: u64) {
+        let mut shutter = self.lock();
+        let ours = shutter.pause.as_ref().map(|pause| pause.id) == Some(id);
+        if ours && self.passes() > 0 {
+            shutter.admitted.insert(client);
+            drop(shutter);
+            self.opened.notify_waiters();
+        }
+    }
+
+    /// Waits until the pause is drained or over. Ended by the transactions' ends, by RESUME, by the lease; the caller
+    /// adds the drain deadline. Cancel safe.
+    pub async fn drained(&self, id: PauseId) -> Drained {
+        loop {
+            let moved = self.moved.notified();
+            tokio::pin!(moved);
+            moved.as_mut().enable();
+            if self.lock().pause.as_ref().map(|pause| pause.id) != Some(id) {
+                return Drained::Ended;
+            }
+            if self.passes() == 0 {
+                return Drained::Yes;
+            }
+            moved.await;
+        }
+    }
+
+    /// Waits until something about the pause changes. Cancel safe; may wake without a change. Ended by the next change;
+    /// the watch adds its own clock.
+    pub async fn changed(&self) {
+        self.moved.notified().await;
+    }
+
+    fn admitted(self: &Arc<Self>, client: u64) -> Option<Pass> {
+        let mut shutter = self.lock();
+        // Checked under the lock together with the count: a drained pause admits nobody.
+        if self.passes() == 0 || !shutter.admitted.remove(&client) {
+            return None;
+        }
+        self.word.fetch_add(1, Ordering::AcqRel);
+        Some(Pass { gate: Arc::clone(self) })
+    }
+
+    fn leave(&self) {
+        let before = self.word.fetch_sub(1, Ordering::AcqRel);
+        if before == SHUT | 1 {
+            self.moved.notify_waiters();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Shutter> {
+        // Nothing under this lock panics; a poisoned one would still hold a consistent pause.
+        self.pause.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct Held<'a>(&'a AtomicU32);
+
+impl<'a> Held<'a> {
+    fn new(count: &'a AtomicU32) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::future::Future;
+    use std::task::Poll;
+
+    fn plain() -> Intent {
+        Intent { owner: "admin@unix".to_owned(), epoch: None, lease: None }
+    }
+
+    fn claim(epoch: u64) -> Claim {
+        Claim { run: "8a6f0c1e-6a53-4a0e-9d0e-3a6b1c2d4e5f".parse().unwrap(), epoch: epoch.try_into().unwrap() }
+    }
+
+    fn claimed(epoch: u64, lease_ms: u64) -> Intent {
+        let epoch = EpochPause { claim: claim(epoch), source: "blue".to_owned(), target: "green".to_owned() };
+        Intent { owner: "p".to_owned(), epoch: Some(epoch), lease: Some(Duration::from_millis(lease_ms)) }
+    }
+
+    async fn is_pending<F: Future + Unpin>(future: &mut F) -> bool {
+        std::future::poll_fn(|cx| Poll::Ready(std::pin::Pin::new(&mut *future).poll(cx).is_pending())).await
+    }
+
+    #[tokio::test]
+    async fn pause_waits_for_open_transactions_and_holds_new_ones() {
+        let gate = Arc::new(Gate::default());
+        let open = gate.try_enter().unwrap();
+        let id = gate.shut(plain(), Instant::now()).unwrap();
+        assert!(gate.try_enter().is_none());
+        let mut held = Box::pin(gate.enter(1));
+        let mut drained = Box::pin(gate.drained(id));
+        assert!(is_pending(&mut held).await && is_pending(&mut drained).await);
+        assert_eq!(gate.held(), 1);
+        drop(open);
+        assert_eq!(drained.await, Drained::Yes);
+        assert!(is_pending(&mut held).await);
+        assert!(gate.open(id));
+        drop(held.await);
+        assert_eq!((gate.passes(), gate.held()), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn resume_ends_a_pause_that_still_drains_and_only_that_one() {
+        let gate = Arc::new(Gate::default());
+        let _open = gate.try_enter().unwrap();
+        let first = gate.shut(plain(), Instant::now()).unwrap();
+        let mut drained = Box::pin(gate.drained(first));
+        assert!(is_pending(&mut drained).await);
+        assert!(gate.open(first));
+        let second = gate.shut(plain(), Instant::now()).unwrap();
+        assert_eq!(drained.await, Drained::Ended);
+        assert!(!gate.open(first), "the first pause can't end the second");
+        assert!(gate.is_shut() && gate.open(second));
+    }
+
+    #[test]
+    fn an_ended_lease_is_never_revived() {
+        let gate = Gate::default();
+        let start = Instant::now();
+        gate.shut(claimed(3, 100), start).unwrap();
+        gate.renew(claim(3), Duration::from_millis(100), start + Duration::from_millis(90)).unwrap();
+        let late = start + Duration::from_millis(190);
+        assert_eq!(gate.renew(claim(3), Duration::from_millis(100), late), Err(NotRenewed::Ended));
+        assert!(gate.shut(claimed(3, 100), late).is_err(), "nor by pausing again");
+        assert!(gate.shut(claimed(4, 100), start).is_err(), "nor taken by another epoch");
+    }
+
+    #[tokio::test]
+    async fn one_held_client_can_be_let_through_until_the_drain_is_over() {
+        let gate = Arc::new(Gate::default());
+        let open = gate.try_enter().unwrap();
+        let id = gate.shut(plain(), Instant::now()).unwrap();
+        let mut held = Box::pin(gate.enter(1));
+        let mut other = Box::pin(gate.enter(2));
+        assert!(is_pending(&mut held).await && is_pending(&mut other).await);
+        gate.admit(id, 1);
+        assert!(is_pending(&mut other).await);
+        drop(held.await);
+        drop(open);
+        gate.admit(id, 2);
+        assert!(is_pending(&mut other).await, "a drained pause admits nobody");
+    }
+
+    /// Passes taken and given back from two threads while the gate opens and shuts: a drained gate has no pass out.
+    #[test]
+    fn no_pass_lives_while_a_pause_is_drained() {
+        let gate = Arc::new(Gate::default());
+        let inside = Arc::new(AtomicU32::new(0));
+        let stop = Arc::new(AtomicU32::new(0));
+        let threads: Vec<_> = (0..2)
+            .map(|_| {
+                let (gate, inside, stop) = (Arc::clone(&gate), Arc::clone(&inside), Arc::clone(&stop));
+                std::thread::spawn(move || {
+                    while stop.load(Ordering::Relaxed) == 0 {
+                        if let Some(pass) = gate.try_enter() {
+                            inside.fetch_add(1, Ordering::SeqCst);
+                            inside.fetch_sub(1, Ordering::SeqCst);
+                            drop(pass);
+                        }
+                    }
+                })
+            })
+            .collect();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        for _ in 0..2000 {
+            let id = gate.shut(plain(), Instant::now()).unwrap();
+            assert_eq!(runtime.block_on(gate.drained(id)), Drained::Yes);
+            assert_eq!(inside.load(Ordering::SeqCst), 0);
+            assert!(gate.open(id));
+        }
+        stop.store(1, Ordering::Relaxed);
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+    }
+}
