@@ -13,7 +13,7 @@
 // pub mod engine;
 // pub mod steps;
 // pub mod preflight;
-// pub mod report;
+pub mod report;
 pub mod journal;
 pub mod state;
 pub mod plan;
