@@ -371,6 +371,14 @@ impl Report {
         Self::fatal(SqlState::CANNOT_CONNECT_NOW, message, Blame::Source)
     }
 
+    /// 0A000: a named statement where the next transaction may run on another server connection.
+    #[must_use]
+    pub fn named_statement() -> Self {
+        let message = "named prepared statements are not supported in transaction pooling yet";
+        Self::fatal(SqlState::FEATURE_NOT_SUPPORTED, message, Blame::Operator)
+            .with_hint("Use session pooling for this user, or let the driver send unnamed statements.")
+    }
+
     /// XX000: a bug of ours.
     #[must_use]
     pub fn internal(what: impl Into<Cow<'static, str>>) -> Self {
@@ -390,4 +398,60 @@ fn shown(name: &[u8]) -> String {
     // NAMEDATALEN - 1 is the longest name; four times that leaves room for every encoding.
     const SHOWN_BYTES_MAX: usize = 252;
     String::from_utf8_lossy(name.get(..SHOWN_BYTES_MAX).unwrap_or(name)).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame;
+    use proptest::prelude::*;
+
+    fn fields(report: &Report) -> (u8, Vec<(u8, String)>) {
+        let bytes = report.to_bytes();
+        let frame = frame::next(&bytes, 1 << 20).unwrap().unwrap();
+        assert_eq!(frame.len_bytes(), bytes.len());
+        let body = frame.body.strip_suffix(b"\0").unwrap();
+        let fields = body.split(|b| *b == 0).filter(|f| !f.is_empty());
+        let fields = fields.map(|f| (f[0], String::from_utf8(f[1..].to_vec()).unwrap())).collect();
+        (frame.tag, fields)
+    }
+
+    #[test]
+    fn an_error_response_carries_every_field_once() {
+        let report = Report::password_authentication_failed(b"alice").with_detail("d").with_hint("h");
+        let (tag, fields) = fields(&report);
+        assert_eq!(tag, b'E');
+        let wanted = [
+            (b'S', "FATAL"),
+            (b'V', "FATAL"),
+            (b'C', "28P01"),
+            (b'M', "password authentication failed for user \"alice\""),
+            (b'D', "d"),
+            (b'H', "h"),
+        ];
+        assert_eq!(fields, wanted.map(|(code, text)| (code, text.to_owned())));
+    }
+
+    #[test]
+    fn a_notice_is_a_notice() {
+        assert_eq!(fields(&Report::notice("x")).0, b'N');
+        assert_eq!(fields(&Report::query_canceled()).1[0].1, "ERROR");
+    }
+
+    #[test]
+    fn sqlstates_are_five_of_their_alphabet() {
+        assert_eq!(SqlState::parse(b"28P01"), Some(SqlState::INVALID_PASSWORD));
+        for wrong in [&b""[..], b"28p01", b"28P0", b"28P011", b"28P\x001", b"\xff\xff\xff\xff\xff"] {
+            assert_eq!(SqlState::parse(wrong), None);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_strangers_name_cannot_break_the_frame(name in proptest::collection::vec(any::<u8>(), 0..400)) {
+            let report = Report::database_does_not_exist(&name);
+            let (_, fields) = fields(&report);
+            prop_assert_eq!(fields.len(), 4);
+        }
+    }
 }

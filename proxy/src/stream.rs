@@ -137,6 +137,38 @@ impl Stream {
         }
     }
 
+    /// Ready when a read is worth trying; owns no buffer, so an idle client costs none. Cancel safe.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Tcp(s) => s.poll_read_ready(cx),
+            Self::Unix(s) => s.poll_read_ready(cx),
+            Self::TlsServer(s) => {
+                let (tcp, session) = s.get_mut();
+                if has_plaintext(session.process_new_packets()) { Poll::Ready(Ok(())) } else { tcp.poll_read_ready(cx) }
+            }
+            Self::TlsClient(s) => {
+                let (tcp, session) = s.get_mut();
+                if has_plaintext(session.process_new_packets()) { Poll::Ready(Ok(())) } else { tcp.poll_read_ready(cx) }
+            }
+        }
+    }
+
+    /// Registers a plain socket with the runtime of the calling thread, so that nobody has to be woken across threads;
+    /// a TLS stream can't be taken apart and stays where it is.
+    ///
+    /// # Errors
+    /// The operating system's; the socket is closed then.
+    pub fn rehome(self) -> io::Result<Self> {
+        match self {
+            Self::Tcp(s) => Ok(Self::Tcp(TcpStream::from_std(s.into_std()?)?)),
+            Self::Unix(s) => Ok(Self::Unix(UnixStream::from_std(s.into_std()?)?)),
+            tls @ (Self::TlsServer(_) | Self::TlsClient(_)) => Ok(tls),
+        }
+    }
+
     fn tcp(&self) -> Option<&TcpStream> {
         match self {
             Self::Tcp(tcp) => Some(tcp),
@@ -145,6 +177,11 @@ impl Stream {
             Self::TlsClient(tls) => Some(tls.get_ref().0),
         }
     }
+}
+
+/// Whether decrypted bytes wait, or an error that the next read reports.
+fn has_plaintext(state: Result<rustls::IoState, rustls::Error>) -> bool {
+    state.map_or(true, |state| state.plaintext_bytes_to_read() > 0 || state.peer_has_closed())
 }
 
 impl AsyncRead for Stream {
