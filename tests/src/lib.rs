@@ -10,6 +10,17 @@
 //!
 //! A module uses only modules below it in this list.
 
+pub mod faults;
+pub mod workload;
+mod pipeliner;
+pub mod writer;
+pub mod ledger;
+pub mod errors;
+pub mod samples;
+pub mod wire;
+pub mod control;
+pub mod proxy;
+pub mod product;
 pub mod pair;
 pub mod cluster;
 pub mod client;

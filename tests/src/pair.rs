@@ -72,6 +72,20 @@ impl PairOptions {
     }
 }
 
+/// A cluster like the pair's source, with nobody that follows it.
+///
+/// # Errors
+/// As [`Pair::start`].
+pub async fn single(binaries: &Binaries, options: &PairOptions) -> Result<Cluster> {
+    let cluster = Cluster::start(binaries, &options.source).await?;
+    let client = cluster.superuser("postgres").await?;
+    make_source_logins(&client).await?;
+    grant_roles(&client, cluster.major()).await?;
+    make_database(&cluster).await?;
+    fill(&cluster, options.accounts).await?;
+    Ok(cluster)
+}
+
 /// Source and target in step.
 #[derive(Debug)]
 pub struct Pair {
@@ -93,7 +107,7 @@ impl Pair {
         let verifiers = make_logins(&source, &target).await?;
         let pair = Pair { source, target, verifiers };
         tokio::try_join!(make_database(&pair.source), make_database(&pair.target))?;
-        pair.fill(options.accounts).await?;
+        fill(&pair.source, options.accounts).await?;
         pair.publish(options.publication).await?;
         pair.subscribe().await?;
         Ok(pair)
@@ -102,16 +116,6 @@ impl Pair {
     /// The SCRAM verifier of each login, the same text on both clusters; what a proxy's user file holds.
     pub fn verifiers(&self) -> &BTreeMap<String, String> {
         &self.verifiers
-    }
-
-    async fn fill(&self, accounts: u32) -> Result<()> {
-        let source = self.source.superuser(DATABASE).await?;
-        source
-            .run(&format!(
-                "INSERT INTO branches (bid) SELECT generate_series(1, 10);
-                 INSERT INTO accounts (bid) SELECT n % 10 + 1 FROM generate_series(1, {accounts}) n"
-            ))
-            .await
     }
 
     async fn publish(&self, publication: Publication) -> Result<()> {
@@ -161,9 +165,7 @@ impl Pair {
 /// Makes the logins on the source and copies their verifiers, so that a client's proof is good on both.
 async fn make_logins(source: &Cluster, target: &Cluster) -> Result<BTreeMap<String, String>> {
     let (on_source, on_target) = tokio::try_join!(source.superuser("postgres"), target.superuser("postgres"))?;
-    for login in LOGINS {
-        on_source.run(&format!("CREATE ROLE {login} LOGIN PASSWORD '{}'", password(login))).await?;
-    }
+    make_source_logins(&on_source).await?;
     let mut verifiers = BTreeMap::new();
     for row in on_source.rows("SELECT rolname, rolpassword FROM pg_authid WHERE rolpassword IS NOT NULL").await? {
         let (login, verifier) = (row.get(0).context("a role without name")?, row.get(1).context("no verifier")?);
@@ -172,6 +174,23 @@ async fn make_logins(source: &Cluster, target: &Cluster) -> Result<BTreeMap<Stri
     }
     tokio::try_join!(grant_roles(&on_source, source.major()), grant_roles(&on_target, target.major()))?;
     Ok(verifiers)
+}
+
+async fn make_source_logins(client: &Client) -> Result<()> {
+    for login in LOGINS {
+        client.run(&format!("CREATE ROLE {login} LOGIN PASSWORD '{}'", password(login))).await?;
+    }
+    Ok(())
+}
+
+async fn fill(cluster: &Cluster, accounts: u32) -> Result<()> {
+    let client = cluster.superuser(DATABASE).await?;
+    client
+        .run(&format!(
+            "INSERT INTO branches (bid) SELECT generate_series(1, 10);
+             INSERT INTO accounts (bid) SELECT n % 10 + 1 FROM generate_series(1, {accounts}) n"
+        ))
+        .await
 }
 
 /// The rights of proxyctl's login, the same on both sides: a rollback runs the other way.

@@ -1,0 +1,158 @@
+//! Runs `proxyctl` as an operator would.
+//!
+//! Invariant: every run has its own stdout and stderr file, also one that is killed.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use nix::sys::signal::Signal;
+use serde_json::Value as Json;
+use toml::{Table, Value};
+
+use crate::pair::{DATABASE, PGCUTOVER, Pair, SOURCE, TARGET, password};
+use crate::process::Process;
+use crate::product::Product;
+use crate::proxy::Proxy;
+use crate::run_dir::RunDir;
+
+/// A configuration and the directory of its journals.
+#[derive(Debug)]
+pub struct Control {
+    /// The whole file; written before each run.
+    pub config: Table,
+    dir: PathBuf,
+    program: PathBuf,
+    runs: std::sync::atomic::AtomicU32,
+}
+
+impl Control {
+    /// For a pair behind these proxies.
+    ///
+    /// # Errors
+    /// The binaries do not build, or there is no directory.
+    pub fn for_pair(pair: &Pair, proxies: &[&Proxy]) -> Result<Control> {
+        let admins: Vec<(&str, String)> = proxies.iter().map(|proxy| (proxy.name(), proxy.admin_dsn())).collect();
+        let dsn = |port: u16| {
+            let secret = password(PGCUTOVER);
+            format!("host=127.0.0.1 port={port} user={PGCUTOVER} password={secret} dbname={DATABASE}")
+        };
+        let dir = RunDir::current()?.subdirectory("control")?;
+        let mut config = Table::new();
+        config.insert("database".to_owned(), DATABASE.into());
+        config.insert("journal_dir".to_owned(), dir.join("runs").display().to_string().into());
+        config.insert("source".to_owned(), side(SOURCE, dsn(pair.source.port())));
+        config.insert("target".to_owned(), side(TARGET, dsn(pair.target.port())));
+        let proxies = admins.into_iter().map(|(name, dsn)| {
+            Value::Table(Table::from_iter([("name".to_owned(), name.into()), ("dsn".to_owned(), dsn.into())]))
+        });
+        config.insert("proxies".to_owned(), Value::Array(proxies.collect()));
+        fs::create_dir_all(dir.join("runs"))?;
+        let program = Product::build()?.proxyctl.clone();
+        Ok(Control { config, dir, program, runs: std::sync::atomic::AtomicU32::new(0) })
+    }
+
+    /// Where its files are; the journals are in `runs`.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Starts `proxyctl -c FILE --output json ARGS…`.
+    ///
+    /// # Errors
+    /// It can't be started.
+    pub fn spawn(&self, args: &[&str]) -> Result<Running> {
+        let config = self.dir.join("cutover.toml");
+        fs::write(&config, toml::to_string(&self.config)?)?;
+        let n = self.runs.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let [stdout, stderr] = ["stdout", "stderr"].map(|stream| self.dir.join(format!("{n}.{stream}")));
+        let mut command = Command::new(&self.program);
+        command.arg("-c").arg(config).args(["--output", "json"]).args(args).current_dir(&self.dir);
+        command.stdin(std::process::Stdio::null()).stdout(File::create(&stdout)?).stderr(File::create(&stderr)?);
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        let name = format!("proxyctl {}", args.join(" "));
+        let process = Process::spawn_redirected(command, &name, &stderr, Signal::SIGTERM)?;
+        Ok(Running { process, stdout })
+    }
+
+    /// Runs it to its end.
+    ///
+    /// # Errors
+    /// It can't be started, or still runs after `limit`.
+    pub async fn run(&self, args: &[&str], limit: Duration) -> Result<Finished> {
+        self.spawn(args)?.wait(limit).await
+    }
+}
+
+fn side(backend: &str, dsn: String) -> Value {
+    Value::Table(Table::from_iter([("backend".to_owned(), backend.into()), ("dsn".to_owned(), dsn.into())]))
+}
+
+/// A proxyctl that runs.
+#[derive(Debug)]
+pub struct Running {
+    process: Process,
+    stdout: PathBuf,
+}
+
+impl Running {
+    /// Kills it at once.
+    pub fn kill9(&mut self) {
+        self.process.kill9();
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        self.process.signal(signal)
+    }
+
+    /// What it has said on stderr so far.
+    pub fn stderr(&self) -> String {
+        text(self.process.log())
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// It still runs after `limit`.
+    pub async fn wait(mut self, limit: Duration) -> Result<Finished> {
+        let status = self.process.wait(limit).await?;
+        Ok(Finished { code: status.code(), stdout: text(&self.stdout), stderr: self.stderr() })
+    }
+}
+
+fn text(path: &Path) -> String {
+    String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
+}
+
+/// A proxyctl that has ended.
+#[derive(Clone, Debug)]
+pub struct Finished {
+    /// Exit code; `None` after a signal.
+    pub code: Option<i32>,
+    /// Data.
+    pub stdout: String,
+    /// Talk.
+    pub stderr: String,
+}
+
+impl Finished {
+    /// The last line of stdout as JSON.
+    ///
+    /// # Errors
+    /// There is none; the message holds what was said instead.
+    pub fn json(&self) -> Result<Json> {
+        let line = self.stdout.lines().last().with_context(|| self.story())?;
+        serde_json::from_str(line).with_context(|| self.story())
+    }
+
+    /// All that is known of it, for error messages.
+    pub fn story(&self) -> String {
+        format!("proxyctl ended with {:?}\nstdout: {}\nstderr: {}", self.code, self.stdout, self.stderr)
+    }
+}

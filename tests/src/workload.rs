@@ -1,0 +1,224 @@
+//! Load through proxies (or straight at a server): closed-loop clients with think time, open-loop probes at 100 Hz,
+//! clients that pipeline, clients that idle.
+//!
+//! Invariant: every client that was started is in the [`Outcome`] with its notes, its waits and its errors.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use tokio::task::JoinHandle;
+use tokio_postgres::Config;
+use tokio_util::sync::CancellationToken;
+
+use crate::client::Client;
+use crate::errors::ClientError;
+use crate::ledger::Notes;
+use crate::pair::{APP, DATABASE, password};
+use crate::pipeliner::Pipeliner;
+use crate::process::POLL;
+use crate::samples::Samples;
+use crate::writer::{Counters, Diet, Pace, Protocol, Record, Writer};
+
+/// Probes send every so often.
+const PROBE_PERIOD: Duration = Duration::from_millis(10);
+
+/// Client numbers of the probes, of those who pipeline and of those who idle begin here.
+const PROBES: i32 = 1000;
+const PIPELINERS: i32 = 2000;
+const IDLERS: i32 = 3000;
+
+/// How much load, and where.
+#[derive(Clone, Debug)]
+pub struct WorkloadOptions {
+    /// Where clients connect, in turn.
+    pub ports: Vec<u16>,
+    /// Login of all clients; the password is [`password`]'s.
+    pub user: String,
+    /// Closed-loop clients.
+    pub clients: u32,
+    /// Writing transactions each second of all closed-loop clients together, if answers come in time.
+    pub writes_per_s: u32,
+    /// Pairs of open-loop probes (one reads, one writes), each at 100 Hz.
+    pub probes: u32,
+    /// Clients that always have this many requests in flight: (clients, requests).
+    pub pipelining: (u32, usize),
+    /// Clients that log in and then say nothing until the end.
+    pub idle: u32,
+    /// Writes go to accounts 1 to this.
+    pub accounts: u32,
+}
+
+impl WorkloadOptions {
+    /// `clients` clients with 650 writes a second and one pair of probes: with probes and stalls well above 500.
+    pub fn new(ports: Vec<u16>, clients: u32) -> WorkloadOptions {
+        WorkloadOptions {
+            ports,
+            user: APP.to_owned(),
+            clients,
+            writes_per_s: 650,
+            probes: 1,
+            pipelining: (0, 100),
+            idle: 0,
+            accounts: 1000,
+        }
+    }
+
+    fn login(&self, client: u32) -> Config {
+        let port = self.ports[client as usize % self.ports.len().max(1)];
+        let mut config = Config::new();
+        config.host("127.0.0.1").port(port).user(&self.user).password(password(&self.user)).dbname(DATABASE);
+        config.application_name(format!("load-{client}"));
+        config
+    }
+}
+
+/// Load that runs.
+#[derive(Debug)]
+pub struct Workload {
+    stop: CancellationToken,
+    counters: Arc<Counters>,
+    tasks: Vec<JoinHandle<Record>>,
+    idlers: Vec<(i32, Client)>,
+    began: Instant,
+}
+
+/// What the clients brought home.
+#[derive(Clone, Debug, Default)]
+pub struct Outcome {
+    /// One for each client.
+    pub records: Vec<Record>,
+    /// Transactions that ended well, reads among them.
+    pub transactions: u64,
+    /// How long the load ran.
+    pub duration: Duration,
+}
+
+impl Outcome {
+    /// What every client was told.
+    pub fn notes(&self) -> Vec<Notes> {
+        self.records.iter().map(|record| record.notes.clone()).collect()
+    }
+
+    /// Every error that a client saw, in order of time.
+    pub fn errors(&self) -> Vec<ClientError> {
+        let mut errors: Vec<ClientError> =
+            self.records.iter().flat_map(|record| record.errors.iter().cloned()).collect();
+        errors.sort_by_key(|error| error.at_us);
+        errors
+    }
+
+    /// Every client's waits.
+    pub fn samples(&self) -> impl Iterator<Item = (i32, &Samples)> {
+        self.records.iter().map(|record| (record.notes.client, &record.samples))
+    }
+
+    /// Writes acknowledged.
+    pub fn acknowledged(&self) -> usize {
+        self.records.iter().map(|record| record.notes.acknowledged.len()).sum()
+    }
+}
+
+impl Workload {
+    /// Starts all clients; those that idle are logged in when this returns, the others go on trying.
+    ///
+    /// # Errors
+    /// An idle client can't log in.
+    pub async fn start(options: &WorkloadOptions) -> Result<Workload> {
+        let (stop, counters) = (CancellationToken::new(), Arc::new(Counters::default()));
+        let mut idlers = Vec::new();
+        for number in 0..options.idle {
+            let id = IDLERS + number.cast_signed();
+            idlers.push((id, Client::connect(&options.login(number)).await.context("login of an idle client")?));
+        }
+        let mut workload = Workload { stop, counters, tasks: Vec::new(), idlers, began: Instant::now() };
+        workload.spawn_writers(options);
+        workload.spawn_probes(options);
+        for number in 0..options.pipelining.0 {
+            let mut pipeliner = Pipeliner::new(options.login(number), options.pipelining.1, options.accounts);
+            pipeliner.record.notes.client = PIPELINERS + number.cast_signed();
+            pipeliner.counters = Arc::clone(&workload.counters);
+            workload.tasks.push(tokio::spawn(pipeliner.run(workload.stop.clone())));
+        }
+        Ok(workload)
+    }
+
+    fn spawn_writers(&mut self, options: &WorkloadOptions) {
+        let period = Duration::from_secs(1) * options.clients / options.writes_per_s.max(1);
+        for number in 0..options.clients {
+            let protocol = if number % 2 == 0 { Protocol::Simple } else { Protocol::Extended };
+            let id = number.cast_signed() + 1;
+            let login = options.login(number);
+            self.spawn(options, id, |writer| Writer { login, protocol, pace: Pace::ThinkTime(period), ..writer });
+        }
+    }
+
+    fn spawn_probes(&mut self, options: &WorkloadOptions) {
+        for number in 0..options.probes {
+            let id = PROBES + 2 * number.cast_signed();
+            for (id, diet) in [(id, Diet::ReadsOnly), (id + 1, Diet::SingleWrites)] {
+                let login = options.login(number);
+                self.spawn(options, id, |writer| Writer { login, diet, ..writer });
+            }
+        }
+    }
+
+    fn spawn(&mut self, options: &WorkloadOptions, id: i32, shape: impl FnOnce(Writer) -> Writer) {
+        let notes = Notes { client: id, ..Notes::default() };
+        let writer = shape(Writer {
+            login: Config::new(),
+            protocol: Protocol::Extended,
+            pace: Pace::Schedule(PROBE_PERIOD),
+            diet: Diet::Mixed,
+            accounts: options.accounts,
+            counters: Arc::clone(&self.counters),
+            record: Record { notes, ..Record::default() },
+        });
+        self.tasks.push(tokio::spawn(writer.run(self.stop.clone())));
+    }
+
+    /// Totals so far.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Waits until `more` further writes are acknowledged.
+    ///
+    /// # Errors
+    /// They are not within `limit`.
+    pub async fn acknowledges(&self, more: u64, limit: Duration) -> Result<()> {
+        let goal = self.counters.acknowledged.load(Ordering::Relaxed) + more;
+        let waiting = async {
+            while self.counters.acknowledged.load(Ordering::Relaxed) < goal {
+                tokio::time::sleep(POLL).await;
+            }
+        };
+        let errors = || self.counters.errors.load(Ordering::Relaxed);
+        tokio::time::timeout(limit, waiting)
+            .await
+            .with_context(|| format!("no {more} more writes within {limit:?}; clients saw {} errors", errors()))
+    }
+
+    /// Stops all clients once their transaction under way is answered; an idle client shows that it still lives.
+    ///
+    /// # Errors
+    /// A client's task panicked.
+    pub async fn stop(self) -> Result<Outcome> {
+        self.stop.cancel();
+        let mut records = Vec::new();
+        for task in self.tasks {
+            // Ended by the limit on every answer.
+            records.push(task.await.context("a client's task")?);
+        }
+        for (id, client) in self.idlers {
+            let mut record = Record { notes: Notes { client: id, ..Notes::default() }, ..Record::default() };
+            if let Err(error) = client.batch_execute("SELECT 1").await {
+                record.errors.push(ClientError::of(id, "idle", &error));
+            }
+            records.push(record);
+        }
+        let transactions = self.counters.transactions.load(Ordering::Relaxed);
+        Ok(Outcome { records, transactions, duration: self.began.elapsed() })
+    }
+}

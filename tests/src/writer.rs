@@ -1,0 +1,305 @@
+//! One client of the load: its connection, its transactions, its notes.
+//!
+//! Half of the clients speak the simple query protocol, half the extended one with unnamed statements.
+//!
+//! Invariant: each number `n` is sent once and is noted once, as acknowledged, unknown or refused.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{Config, Error};
+use tokio_util::sync::CancellationToken;
+
+use crate::client::Client;
+use crate::errors::ClientError;
+use crate::ledger::Notes;
+use crate::samples::{Kind, Samples, now_us};
+
+/// Longer than any hold budget: whoever has not been answered by then never will be.
+pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+
+/// Between attempts to log in again.
+const LOGIN_PAUSE: Duration = Duration::from_millis(50);
+
+/// How a client speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// Query messages.
+    Simple,
+    /// Parse, Bind, Describe, Execute, Sync; unnamed statements.
+    Extended,
+}
+
+/// Totals that can be read while the load runs.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Transactions that ended well, reads among them.
+    pub transactions: AtomicU64,
+    /// Writes acknowledged.
+    pub acknowledged: AtomicU64,
+    /// Errors of any kind.
+    pub errors: AtomicU64,
+}
+
+/// What a client brings home.
+#[derive(Clone, Debug, Default)]
+pub struct Record {
+    /// What it was told.
+    pub notes: Notes,
+    /// What it waited.
+    pub samples: Samples,
+    /// What went wrong.
+    pub errors: Vec<ClientError>,
+}
+
+/// When a client sends its next transaction.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Pace {
+    /// Closed loop: so long after the last began, but not before it was answered.
+    ThinkTime(Duration),
+    /// Open loop: at fixed times whatever happens; waits count from the time at which it was to be sent.
+    Schedule(Duration),
+}
+
+/// What a client sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Diet {
+    Mixed,
+    ReadsOnly,
+    SingleWrites,
+}
+
+/// A client before it runs.
+pub(crate) struct Writer {
+    pub(crate) login: Config,
+    pub(crate) protocol: Protocol,
+    pub(crate) pace: Pace,
+    pub(crate) diet: Diet,
+    /// Writes go to accounts 1 to this.
+    pub(crate) accounts: u32,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) record: Record,
+}
+
+/// The numbers of one write.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    client: i32,
+    n: i64,
+    aid: i64,
+    delta: i64,
+}
+
+/// One statement of a transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Begin,
+    Insert,
+    History,
+    Update,
+    Commit,
+    Read,
+    /// The whole transaction as one string (simple protocol only).
+    OneString,
+    /// Insert and update in one statement, committed by itself.
+    OneStatement,
+}
+
+impl Step {
+    /// After it was sent and before it is answered nobody knows whether the write counts.
+    fn decides(self) -> bool {
+        matches!(self, Step::Commit | Step::OneString | Step::OneStatement)
+    }
+
+    fn kind(self) -> Kind {
+        if self == Step::Read { Kind::Read } else { Kind::Write }
+    }
+
+    fn sql(self) -> &'static str {
+        match self {
+            Step::Begin => "BEGIN",
+            Step::Commit => "COMMIT",
+            Step::Insert => "INSERT INTO ledger (client, n, aid, delta) VALUES ($1, $2, $3, $4)",
+            Step::History => "INSERT INTO history (client, n, aid, delta) VALUES ($1, $2, $3, $4)",
+            Step::Update => "UPDATE accounts SET abalance = abalance + $4 WHERE aid = $3",
+            Step::Read => "SELECT abalance FROM accounts WHERE aid = $3",
+            Step::OneString => {
+                "BEGIN; INSERT INTO ledger (client, n, aid, delta) VALUES ($1, $2, $3, $4); \
+                 UPDATE accounts SET abalance = abalance + $4 WHERE aid = $3; COMMIT"
+            }
+            Step::OneStatement => ONE_STATEMENT,
+        }
+    }
+}
+
+/// A whole write as one statement: parameters are client, n, aid, delta.
+pub(crate) const ONE_STATEMENT: &str = "WITH entry AS \
+     (INSERT INTO ledger (client, n, aid, delta) VALUES ($1, $2, $3, $4) RETURNING aid, delta) \
+     UPDATE accounts SET abalance = abalance + entry.delta FROM entry WHERE accounts.aid = entry.aid";
+
+/// How a write ended.
+enum Ending {
+    Acknowledged,
+    Unknown,
+    Refused,
+}
+
+impl Writer {
+    /// Runs until told to stop; the transaction under way is finished.
+    pub(crate) async fn run(mut self, stop: CancellationToken) -> Record {
+        let mut next = Instant::now();
+        let mut n = 0;
+        while !stop.is_cancelled() {
+            let Some(client) = self.log_in(&stop).await else { break };
+            while !stop.is_cancelled() && !client.is_closed() {
+                tokio::select! {
+                    () = tokio::time::sleep_until(next.into()) => {}
+                    () = stop.cancelled() => break,
+                }
+                let began = match self.pace {
+                    Pace::ThinkTime(_) => Instant::now(),
+                    Pace::Schedule(_) => next,
+                };
+                n += 1;
+                let fine = self.transaction(&client, n, began).await;
+                next = began + self.period();
+                if !fine && client.batch_execute("ROLLBACK").await.is_err() {
+                    client.sever();
+                    break;
+                }
+            }
+        }
+        self.record
+    }
+
+    fn period(&self) -> Duration {
+        match self.pace {
+            Pace::ThinkTime(period) | Pace::Schedule(period) => period,
+        }
+    }
+
+    async fn log_in(&mut self, stop: &CancellationToken) -> Option<Client> {
+        while !stop.is_cancelled() {
+            match Client::connect(&self.login).await {
+                Ok(client) => return Some(client),
+                Err(error) => self.error(ClientError::of(self.record.notes.client, "login", &error)),
+            }
+            tokio::select! {
+                () = tokio::time::sleep(LOGIN_PAUSE) => {}
+                () = stop.cancelled() => {}
+            }
+        }
+        None
+    }
+
+    /// One write (or read) with its notes; false when it failed. `began` is when it was to be sent.
+    async fn transaction(&mut self, client: &Client, n: i64, began: Instant) -> bool {
+        let entry = self.entry(n);
+        let steps = self.steps(n);
+        let writes = steps.iter().any(|step| step.decides());
+        let mut sent = began;
+        for step in steps {
+            if let Err(ending) = self.step(client, step, entry, sent).await {
+                if writes {
+                    self.note(n, &ending);
+                }
+                return false;
+            }
+            sent = Instant::now();
+        }
+        self.counters.transactions.fetch_add(1, Ordering::Relaxed);
+        if writes {
+            self.note(n, &Ending::Acknowledged);
+        }
+        true
+    }
+
+    fn note(&mut self, n: i64, ending: &Ending) {
+        let notes = &mut self.record.notes;
+        match ending {
+            Ending::Acknowledged => {
+                notes.acknowledged.push(n);
+                self.counters.acknowledged.fetch_add(1, Ordering::Relaxed);
+            }
+            Ending::Unknown => notes.unknown.push(n),
+            Ending::Refused => notes.refused.push(n),
+        }
+    }
+
+    fn entry(&self, n: i64) -> Entry {
+        let client = self.record.notes.client;
+        // Any spread will do; a multiplier prime to the number of accounts visits them all.
+        let aid = (i64::from(client) * 7919 + n * 104_729).rem_euclid(i64::from(self.accounts)) + 1;
+        Entry { client, n, aid, delta: n % 199 - 99 }
+    }
+
+    /// The shapes of transactions, in turn.
+    fn steps(&self, n: i64) -> Vec<Step> {
+        use Step::{Begin, Commit, History, Insert, OneStatement, OneString, Read, Update};
+        let whole = match self.protocol {
+            Protocol::Simple => OneString,
+            Protocol::Extended => OneStatement,
+        };
+        match self.diet {
+            Diet::ReadsOnly => vec![Read],
+            Diet::SingleWrites => vec![OneStatement],
+            Diet::Mixed => match n.rem_euclid(6) {
+                0 => vec![whole],
+                1 => vec![Begin, Insert, History, Update, Commit],
+                2 => vec![Read, Begin, Insert, Update, Commit],
+                3 => vec![OneStatement],
+                _ => vec![Begin, Insert, Update, Commit],
+            },
+        }
+    }
+
+    async fn step(&mut self, client: &Client, step: Step, entry: Entry, sent: Instant) -> Result<(), Ending> {
+        let at_us = now_us() - i64::try_from(sent.elapsed().as_micros()).unwrap_or(0);
+        let answer = tokio::time::timeout(ANSWER_LIMIT, send(client, self.protocol, step, entry)).await;
+        self.record.samples.add(at_us, sent.elapsed(), step.kind());
+        let doing = format!("{step:?}").to_lowercase();
+        let who = self.record.notes.client;
+        match answer {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => {
+                self.error(ClientError::of(who, &doing, &error));
+                Err(if step.decides() && leaves_open(&error) { Ending::Unknown } else { Ending::Refused })
+            }
+            Err(_elapsed) => {
+                self.error(ClientError::because(who, format!("{doing}: no answer in {ANSWER_LIMIT:?}")));
+                Err(if step.decides() { Ending::Unknown } else { Ending::Refused })
+            }
+        }
+    }
+
+    fn error(&mut self, error: ClientError) {
+        self.counters.errors.fetch_add(1, Ordering::Relaxed);
+        self.record.errors.push(error);
+    }
+}
+
+/// Does this answer to a commit leave open whether it took place? A broken connection does, and so does a server that
+/// goes down (class 57P) or a connection exception that somebody in between reports (class 08).
+fn leaves_open(error: &Error) -> bool {
+    error
+        .as_db_error()
+        .is_none_or(|error| error.code().code().starts_with("57P") || error.code().code().starts_with("08"))
+}
+
+async fn send(client: &Client, protocol: Protocol, step: Step, entry: Entry) -> Result<(), Error> {
+    let Entry { client: who, n, aid, delta } = entry;
+    if protocol == Protocol::Simple || step == Step::OneString {
+        let values = [("$1", i64::from(who)), ("$2", n), ("$3", aid), ("$4", delta)];
+        let sql = values.iter().fold(step.sql().to_owned(), |sql, (name, value)| {
+            // In brackets: a minus sign after another minus sign would begin a comment.
+            sql.replace(name, &format!("({value})"))
+        });
+        return client.batch_execute(&sql).await;
+    }
+    let all: [(&(dyn ToSql + Sync), Type); 4] =
+        [(&who, Type::INT4), (&n, Type::INT8), (&aid, Type::INT8), (&delta, Type::INT8)];
+    let parameters = if step.sql().contains('$') { &all[..] } else { &[] };
+    client.query_typed(step.sql(), parameters).await.map(drop)
+}
