@@ -17,7 +17,7 @@ pub mod report;
 pub mod journal;
 pub mod state;
 pub mod plan;
-// pub mod clusters;
+pub mod clusters;
 pub mod proxies;
 pub mod dial;
 pub mod printer;
