@@ -1,1 +1,252 @@
-//! placeholder
+//! Moves frames between a client and its server connection until the transaction rests: the hot path.
+//!
+//! Invariant: a byte is forwarded once, in order, and only after the tracker has seen its message; nothing new is
+//! forwarded once the session rests or while the gate is shut and an answer is outstanding. No allocation, lock, timer
+//! or task per message; one write per readable batch.
+
+mod buffer;
+
+pub use buffer::{Buffer, Read};
+
+use std::io;
+use std::task::{Context, Poll};
+
+use crate::frame::{HEADER_BYTES, Header};
+use crate::gate::Gate;
+use crate::message;
+use crate::message::Pair;
+use crate::report::Report;
+use crate::stream::Stream;
+use crate::tracker::{Front, Shut, Tracker};
+
+/// What may pass: the rules of the pool mode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Statements {
+    /// The client keeps its server: named statements are its own affair.
+    Kept,
+    /// The next transaction may get another server: a named statement would be lost, so it is refused.
+    Unnamed,
+}
+
+/// Both ends of one transaction.
+#[derive(Debug)]
+pub struct Relay<'a> {
+    /// The client's socket.
+    pub client: &'a mut Stream,
+    /// Client to server.
+    pub up: &'a mut Buffer,
+    /// The server's socket.
+    pub server: &'a mut Stream,
+    /// Server to client.
+    pub down: &'a mut Buffer,
+    /// Whether the session rests.
+    pub tracker: &'a mut Tracker,
+    /// Whether new statements have to wait.
+    pub gate: &'a Gate,
+    /// What may pass.
+    pub statements: Statements,
+    /// Settings that the server reported on the way, in order.
+    pub reported: Vec<Pair>,
+    /// Bytes moved.
+    pub moved: Moved,
+}
+
+/// Bytes moved in one transaction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Moved {
+    /// From the client to the server.
+    pub up_bytes: u64,
+    /// From the server to the client.
+    pub down_bytes: u64,
+    /// Statements forwarded (Query, Execute, FunctionCall).
+    pub queries: u64,
+}
+
+/// How a transaction ended.
+#[derive(Debug)]
+pub enum End {
+    /// At rest: the server connection may serve somebody else. The client's buffer may hold its next statement.
+    Rest,
+    /// The client said goodbye.
+    Terminated,
+    /// The client's connection broke.
+    ClientGone(io::Error),
+    /// The server's connection broke; what it had said was passed on.
+    ServerGone(io::Error),
+    /// The client sent what no client may send, or what this pool can't keep safe.
+    Refused(Box<Report>),
+    /// The server sent what no server may send.
+    ServerNonsense(String),
+}
+
+/// What a scan came to.
+enum Scan {
+    /// Nothing more can be forwarded before more bytes or an answer come.
+    Dry,
+    /// The rest waits for an answer or for the gate.
+    Held,
+    /// Over.
+    End(End),
+}
+
+impl Relay<'_> {
+    /// Runs until the end. Cancel safe in that no byte is lost, but the connection is then in the middle of things:
+    /// whoever drops this closes the server connection.
+    pub async fn run(&mut self) -> End {
+        std::future::poll_fn(|cx| self.poll(cx)).await
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        loop {
+            let before = self.moved;
+            if let Some(end) = self.poll_up(cx) {
+                return Poll::Ready(end);
+            }
+            if let Some(end) = self.poll_down(cx) {
+                return Poll::Ready(end);
+            }
+            if self.is_done() {
+                return Poll::Ready(End::Rest);
+            }
+            if before == self.moved {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    fn is_done(&self) -> bool {
+        self.moved.up_bytes > 0 && self.tracker.at_rest() && !self.down.has_cleared() && !self.up.has_cleared()
+    }
+
+    /// Client to server until one of the two would block.
+    fn poll_up(&mut self, cx: &mut Context<'_>) -> Option<End> {
+        loop {
+            match self.scan_up() {
+                Scan::End(end) => return Some(end),
+                Scan::Held | Scan::Dry if self.up.has_cleared() => match self.up.poll_write(self.server, cx) {
+                    Poll::Ready(Ok(count)) => {
+                        self.moved.up_bytes += count as u64;
+                        continue;
+                    }
+                    // The server may have said why before it closed: poll_down reads that and the end.
+                    Poll::Ready(Err(_)) => self.up.forget_cleared(),
+                    Poll::Pending => return None,
+                },
+                Scan::Held => return None,
+                Scan::Dry => {}
+            }
+            if self.is_done() {
+                return None;
+            }
+            match self.up.poll_read(self.client, cx) {
+                Poll::Ready(Ok(Read::Some)) => {}
+                Poll::Ready(Ok(Read::Full)) | Poll::Pending => return None,
+                Poll::Ready(Ok(Read::End)) => return Some(End::ClientGone(io::ErrorKind::UnexpectedEof.into())),
+                Poll::Ready(Err(error)) => return Some(End::ClientGone(error)),
+            }
+        }
+    }
+
+    /// Clears what the client may send now.
+    fn scan_up(&mut self) -> Scan {
+        let shut = if self.gate.is_shut() { Shut::Yes } else { Shut::No };
+        loop {
+            // At rest the next statement needs a new pass, unless it is the first under this one.
+            let begun = self.moved.up_bytes > 0 || self.up.has_cleared();
+            if begun && self.tracker.at_rest() {
+                return Scan::Dry;
+            }
+            let header = match self.up.next_header() {
+                Ok(Some(header)) => header,
+                Ok(None) => return Scan::Dry,
+                Err(error) => return Scan::End(refused(Report::protocol_violation(error.to_string()))),
+            };
+            if header.tag == b'P' && self.statements == Statements::Unnamed {
+                match self.statement_is_named(header) {
+                    Some(false) => {}
+                    Some(true) => return Scan::End(refused(Report::named_statement())),
+                    None => return Scan::Dry,
+                }
+            }
+            match self.tracker.frontend(header.tag, shut) {
+                Front::Forward => {
+                    self.moved.queries += u64::from(matches!(header.tag, b'Q' | b'E' | b'F'));
+                    self.up.send(header);
+                }
+                Front::Drop => self.up.discard(header),
+                Front::Hold => return Scan::Held,
+                Front::Terminate => return Scan::End(End::Terminated),
+                Front::Illegal => {
+                    let what = format!("invalid frontend message type {}", header.tag);
+                    return Scan::End(refused(Report::protocol_violation(what)));
+                }
+            }
+        }
+    }
+
+    /// The one place where statement names pass; `None` while the first byte of the name has not come.
+    fn statement_is_named(&self, header: Header) -> Option<bool> {
+        if header.total_bytes <= HEADER_BYTES {
+            return Some(false); // Malformed: the server says so.
+        }
+        self.up.pending().get(HEADER_BYTES).map(|first| *first != 0)
+    }
+
+    /// Server to client until one of the two would block.
+    fn poll_down(&mut self, cx: &mut Context<'_>) -> Option<End> {
+        loop {
+            if let Scan::End(end) = self.scan_down() {
+                return Some(end);
+            }
+            if self.down.has_cleared() {
+                match self.down.poll_write(self.client, cx) {
+                    Poll::Ready(Ok(count)) => self.moved.down_bytes += count as u64,
+                    Poll::Ready(Err(error)) => return Some(End::ClientGone(error)),
+                    Poll::Pending => return None,
+                }
+                continue;
+            }
+            if self.is_done() {
+                return None;
+            }
+            match self.down.poll_read(self.server, cx) {
+                Poll::Ready(Ok(Read::Some)) => {}
+                Poll::Ready(Ok(Read::Full)) | Poll::Pending => return None,
+                Poll::Ready(Ok(Read::End)) => return Some(End::ServerGone(io::ErrorKind::UnexpectedEof.into())),
+                Poll::Ready(Err(error)) => return Some(End::ServerGone(error)),
+            }
+        }
+    }
+
+    /// Clears what the server has sent. A message that is not cleared is withheld: that is where an answer's first
+    /// frame can be kept back.
+    fn scan_down(&mut self) -> Scan {
+        loop {
+            let header = match self.down.next_header() {
+                Ok(Some(header)) => header,
+                Ok(None) => return Scan::Dry,
+                Err(error) => return Scan::End(End::ServerNonsense(error.to_string())),
+            };
+            match header.tag {
+                b'Z' if header.total_bytes != HEADER_BYTES + 1 => {
+                    return Scan::End(End::ServerNonsense("ReadyForQuery of the wrong length".to_owned()));
+                }
+                b'Z' | b'S' if !self.down.holds(header.total_bytes) => return Scan::Dry,
+                b'Z' => self.tracker.backend(b'Z', self.down.pending()[HEADER_BYTES]),
+                b'S' => {
+                    let body = &self.down.pending()[HEADER_BYTES..header.total_bytes];
+                    match message::parameter_status(body) {
+                        Ok((name, value)) => self.reported.push((name.into(), value.into())),
+                        Err(error) => return Scan::End(End::ServerNonsense(error.to_string())),
+                    }
+                }
+                tag => self.tracker.backend(tag, 0),
+            }
+            self.down.send(header);
+        }
+    }
+}
+
+fn refused(report: Report) -> End {
+    End::Refused(Box::new(report))
+}

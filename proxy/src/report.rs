@@ -352,6 +352,20 @@ impl Report {
         Self::error(SqlState::QUERY_CANCELED, "canceling statement due to user request", Blame::Client)
     }
 
+    /// 08006: the client hung up in the middle of its login (psql does, to ask for the password).
+    #[must_use]
+    pub fn client_gone() -> Self {
+        Self::fatal(SqlState::CONNECTION_FAILURE, "client closed the connection during login", Blame::Client)
+    }
+
+    /// 08P01: bytes came between a client's request for TLS and our answer to it.
+    #[must_use]
+    pub fn unencrypted_data() -> Self {
+        Self::protocol_violation("received unencrypted data after SSL request").with_detail(
+            "This could be either a client-software bug or evidence of an attempted man-in-the-middle attack.",
+        )
+    }
+
     /// 57014: the login took longer than `client_login_timeout`.
     #[must_use]
     pub fn login_timeout() -> Self {

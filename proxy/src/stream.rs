@@ -14,8 +14,10 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::{BufMut, BytesMut};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+
+use crate::report::Report;
 
 /// A socket of a client or a server.
 #[derive(Debug)]
@@ -166,6 +168,27 @@ impl Stream {
             Self::Tcp(s) => Ok(Self::Tcp(TcpStream::from_std(s.into_std()?)?)),
             Self::Unix(s) => Ok(Self::Unix(UnixStream::from_std(s.into_std()?)?)),
             tls @ (Self::TlsServer(_) | Self::TlsClient(_)) => Ok(tls),
+        }
+    }
+
+    /// Tells the peer why, closes our half, and takes what the peer had still sent: a socket that is closed over unread
+    /// bytes resets the connection, and the peer would lose the report. The caller bounds the time; failures no longer
+    /// matter.
+    pub async fn refuse(&mut self, report: &Report) {
+        /// Enough for a startup packet, a pipelined query or an HTTP request.
+        const ROUNDS_MAX: usize = 32;
+        let said = async {
+            self.write_all(&report.to_bytes()).await?;
+            self.shutdown().await
+        };
+        if said.await.is_ok() {
+            let mut ignored = BytesMut::new();
+            for _ in 0..ROUNDS_MAX {
+                match self.arrived(&mut ignored) {
+                    Arrived::Bytes => ignored.clear(),
+                    Arrived::Nothing | Arrived::End => return,
+                }
+            }
         }
     }
 

@@ -1,0 +1,341 @@
+//! What the rest of the proxy may know of a connected client, and ask of it.
+//!
+//! Invariant: a session writes here without a lock per message; whoever wants something from it raises an order and
+//! wakes it. A server connection is linked under a lock, so that a cancel never follows a link that has ended.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant, SystemTime};
+
+use futures_util::task::AtomicWaker;
+use tokio::sync::Notify;
+
+use crate::backend::{Address, BackendKey};
+use crate::config::PoolMode;
+
+/// Who a client is; fixed once it is logged in.
+#[derive(Debug, Clone)]
+pub struct Who {
+    /// Unique among clients and servers.
+    pub id: u64,
+    /// The user name's bytes.
+    pub user: Box<[u8]>,
+    /// The database name as the client gave it.
+    pub database: Box<str>,
+    /// Its address; `None` over a Unix socket.
+    pub addr: Option<SocketAddr>,
+    /// Ours.
+    pub local_addr: Option<SocketAddr>,
+    /// Protocol and cipher; empty without TLS.
+    pub tls: Box<str>,
+    /// How long it keeps its server.
+    pub pool_mode: PoolMode,
+}
+
+/// A logged-in client.
+#[derive(Debug)]
+pub struct Client {
+    /// See [`Who`].
+    pub who: Who,
+    /// When it logged in.
+    pub connected_at: SystemTime,
+    born: Instant,
+    state: AtomicU8,
+    /// When the state began, in microseconds since `born`.
+    state_since_us: AtomicU64,
+    application_name: Mutex<Box<str>>,
+    link: Mutex<Option<Arc<Server>>>,
+    orders: AtomicU8,
+    waker: AtomicWaker,
+}
+
+/// What a client does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum State {
+    /// At rest.
+    Idle = 0,
+    /// In a transaction, on a server connection.
+    Active = 1,
+    /// Held by the gate.
+    Held = 2,
+    /// Waiting for a server connection.
+    Waiting = 3,
+}
+
+/// What somebody else wants a session to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Order {
+    /// Answer what is held or waiting with "canceled".
+    Cancel = 1,
+    /// End now.
+    Kill = 2,
+    /// End when at rest.
+    Leave = 4,
+}
+
+/// What others know of a server connection.
+#[derive(Debug)]
+pub struct Server {
+    /// Unique among clients and servers.
+    pub id: u64,
+    /// The server process; 0 if unknown.
+    pub pid: i32,
+    /// Its cancel key.
+    pub key: Option<BackendKey>,
+    /// Where it is.
+    pub address: Arc<Address>,
+    /// The declared backend.
+    pub backend: Box<str>,
+    /// The user it is logged in as.
+    pub user: Box<[u8]>,
+    /// The route's name.
+    pub database: Box<str>,
+    /// When it was opened.
+    pub connected_at: SystemTime,
+    /// Its end of the connection and ours.
+    pub addr: Option<SocketAddr>,
+    /// Ours.
+    pub local_addr: Option<SocketAddr>,
+    /// Whether it is encrypted.
+    pub tls: bool,
+    /// The client it serves; 0 for none.
+    pub client: AtomicU64,
+    /// Cancel requests on their way to it.
+    cancels: AtomicU32,
+    cancelled: Notify,
+}
+
+impl Client {
+    /// A client that has just logged in.
+    #[must_use]
+    pub fn new(who: Who, application_name: &str) -> Arc<Self> {
+        Arc::new(Self {
+            who,
+            connected_at: SystemTime::now(),
+            born: Instant::now(),
+            state: AtomicU8::new(State::Idle as u8),
+            state_since_us: AtomicU64::new(0),
+            application_name: Mutex::new(application_name.into()),
+            link: Mutex::new(None),
+            orders: AtomicU8::new(0),
+            waker: AtomicWaker::new(),
+        })
+    }
+
+    /// Enters a state.
+    pub fn enter(&self, state: State, now: Instant) {
+        let since = now.saturating_duration_since(self.born);
+        self.state_since_us.store(u64::try_from(since.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.state.store(state as u8, Ordering::Relaxed);
+    }
+
+    /// The state.
+    #[must_use]
+    pub fn state(&self) -> State {
+        match self.state.load(Ordering::Relaxed) {
+            1 => State::Active,
+            2 => State::Held,
+            3 => State::Waiting,
+            _ => State::Idle,
+        }
+    }
+
+    /// When it entered its state.
+    #[must_use]
+    pub fn state_since(&self) -> Instant {
+        self.born + Duration::from_micros(self.state_since_us.load(Ordering::Relaxed))
+    }
+
+    /// As the client last set it.
+    #[must_use]
+    pub fn application_name(&self) -> Box<str> {
+        lock(&self.application_name).clone()
+    }
+
+    /// Takes note of a new one.
+    pub fn rename(&self, application_name: &str) {
+        *lock(&self.application_name) = application_name.into();
+    }
+
+    /// Links it to the server connection that serves it.
+    pub fn link(&self, server: &Arc<Server>) {
+        server.client.store(self.who.id, Ordering::Relaxed);
+        *lock(&self.link) = Some(Arc::clone(server));
+    }
+
+    /// Ends the link. From here on no new cancel goes to that server for this client.
+    pub fn unlink(&self) {
+        if let Some(server) = lock(&self.link).take() {
+            server.client.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// The server connection that serves it.
+    #[must_use]
+    pub fn linked(&self) -> Option<Arc<Server>> {
+        lock(&self.link).clone()
+    }
+
+    /// The server to cancel, marked so that its connection serves nobody else until the mark is dropped.
+    #[must_use]
+    pub fn cancel_target(&self) -> Option<CancelMark> {
+        let link = lock(&self.link);
+        let server = link.as_ref()?;
+        server.cancels.fetch_add(1, Ordering::AcqRel);
+        Some(CancelMark { server: Arc::clone(server) })
+    }
+
+    /// Raises an order and wakes the session.
+    pub fn order(&self, order: Order) {
+        self.orders.fetch_or(order as u8, Ordering::AcqRel);
+        self.waker.wake();
+    }
+
+    /// Takes back an order that was not carried out, because what it was about is over.
+    pub fn forget(&self, order: Order) {
+        if self.orders.load(Ordering::Relaxed) != 0 {
+            self.orders.fetch_and(!(order as u8), Ordering::AcqRel);
+        }
+    }
+
+    /// The strongest of the orders in `among`; pending orders wake the caller's task.
+    pub fn poll_order(&self, cx: &mut Context<'_>, among: &[Order]) -> Poll<Order> {
+        self.waker.register(cx.waker());
+        let raised = self.orders.load(Ordering::Acquire);
+        match among.iter().find(|order| raised & **order as u8 != 0) {
+            Some(order) => Poll::Ready(*order),
+            None => Poll::Pending,
+        }
+    }
+}
+
+/// A cancel request on its way.
+#[derive(Debug)]
+pub struct CancelMark {
+    server: Arc<Server>,
+}
+
+impl CancelMark {
+    /// Whom it is for.
+    #[must_use]
+    pub fn server(&self) -> &Server {
+        &self.server
+    }
+}
+
+impl Drop for CancelMark {
+    fn drop(&mut self) {
+        if self.server.cancels.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.server.cancelled.notify_waiters();
+        }
+    }
+}
+
+impl Server {
+    /// What others may know of a connection that has just been opened.
+    #[must_use]
+    #[expect(clippy::too_many_arguments, reason = "one constructor for one record; each field has one source")]
+    pub fn new(
+        id: u64,
+        connection: &crate::backend::ServerConnection,
+        address: Arc<Address>,
+        backend: &str,
+        user: &[u8],
+        database: &str,
+    ) -> Arc<Self> {
+        let peer = connection.stream.peer().ok();
+        Arc::new(Self {
+            id,
+            pid: connection.pid(),
+            key: connection.key.clone(),
+            address,
+            backend: backend.into(),
+            user: user.into(),
+            database: database.into(),
+            connected_at: SystemTime::now(),
+            addr: match peer {
+                Some(crate::stream::Peer::Tcp(addr)) => Some(addr),
+                Some(crate::stream::Peer::Unix { uid: _ }) | None => None,
+            },
+            local_addr: connection.stream.local_address(),
+            tls: connection.stream.is_tls(),
+            client: AtomicU64::new(0),
+            cancels: AtomicU32::new(0),
+            cancelled: Notify::new(),
+        })
+    }
+
+    /// Whether a cancel is on its way to it.
+    #[must_use]
+    pub fn is_being_cancelled(&self) -> bool {
+        self.cancels.load(Ordering::Acquire) > 0
+    }
+
+    /// Waits until no cancel is on its way. Ended by the cancel requests' own deadline.
+    pub async fn uncancelled(&self) {
+        loop {
+            let done = self.cancelled.notified();
+            tokio::pin!(done);
+            done.as_mut().enable();
+            if !self.is_being_cancelled() {
+                return;
+            }
+            done.await;
+        }
+    }
+}
+
+/// Every logged-in client.
+#[derive(Debug, Default)]
+pub struct Clients {
+    all: Mutex<HashMap<u64, Arc<Client>>>,
+}
+
+impl Clients {
+    /// Enrols a client until the guard is dropped.
+    pub fn enrol(self: &Arc<Self>, client: &Arc<Client>) -> Enrolled {
+        lock(&self.all).insert(client.who.id, Arc::clone(client));
+        Enrolled { clients: Arc::clone(self), id: client.who.id }
+    }
+
+    /// A client by its id.
+    #[must_use]
+    pub fn find(&self, id: u64) -> Option<Arc<Client>> {
+        lock(&self.all).get(&id).cloned()
+    }
+
+    /// Everyone, in no order.
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<Client>> {
+        lock(&self.all).values().cloned().collect()
+    }
+
+    /// How many.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        lock(&self.all).len()
+    }
+}
+
+/// A place among the clients; dropping it frees the place.
+#[derive(Debug)]
+pub struct Enrolled {
+    clients: Arc<Clients>,
+    id: u64,
+}
+
+impl Drop for Enrolled {
+    fn drop(&mut self) {
+        lock(&self.clients.all).remove(&self.id);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing under these locks can panic half way through a change.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,167 @@
+//! Settings that a client carries from one server connection to the next, and what servers report of theirs.
+//!
+//! Invariant: a server connection differs from its start by exactly its [`Settings`]; so what has to be said to make it
+//! fit another client is the difference of two of them. Names compare without regard to case, as in PostgreSQL. Pure.
+
+use crate::message::Pair;
+
+/// Settings that differ from what the server connection started with, sorted by name.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Settings(Vec<Pair>);
+
+/// What a server reports (ParameterStatus), in the order of first report.
+pub type Reported = Vec<Pair>;
+
+/// Reported parameters that no client can set: they belong to the server or the login.
+const READ_ONLY: [&[u8]; 7] = [
+    b"server_version",
+    b"server_encoding",
+    b"integer_datetimes",
+    b"is_superuser",
+    b"session_authorization",
+    b"in_hot_standby",
+    b"scram_iterations",
+];
+
+impl Settings {
+    /// From a Startup's settings; the last one of a name wins, as in PostgreSQL.
+    #[must_use]
+    pub fn new(pairs: impl IntoIterator<Item = Pair>) -> Self {
+        let mut settings = Self::default();
+        pairs.into_iter().for_each(|(name, value)| settings.set(name, value));
+        settings
+    }
+
+    /// The value of a setting.
+    #[must_use]
+    pub fn value(&self, name: &[u8]) -> Option<&[u8]> {
+        self.find(name).ok().map(|index| &*self.0[index].1)
+    }
+
+    /// Sets one.
+    pub fn set(&mut self, name: Box<[u8]>, value: Box<[u8]>) {
+        match self.find(&name) {
+            Ok(index) => self.0[index].1 = value,
+            Err(index) => self.0.insert(index, (name, value)),
+        }
+    }
+
+    /// Takes note of what a server reported while it served this client.
+    pub fn follow(&mut self, initial: &Reported, name: &[u8], value: &[u8]) {
+        if READ_ONLY.iter().any(|fixed| fixed.eq_ignore_ascii_case(name)) {
+            return;
+        }
+        if reported(initial, name) == Some(value) {
+            if let Ok(index) = self.find(name) {
+                self.0.remove(index);
+            }
+        } else {
+            self.set(name.into(), value.into());
+        }
+    }
+
+    /// The Query that turns a server connection with these settings into one with `wanted`; `None` if nothing differs.
+    #[must_use]
+    pub fn query_to(&self, wanted: &Settings) -> Option<Vec<u8>> {
+        let mut query = Vec::new();
+        for (name, _) in self.0.iter().filter(|(name, _)| wanted.value(name).is_none()) {
+            query.extend_from_slice(b"RESET ");
+            put_name(&mut query, name);
+            query.extend_from_slice(b"; ");
+        }
+        let changed = wanted.0.iter().filter(|(name, value)| self.value(name) != Some(value));
+        for (index, (name, value)) in changed.enumerate() {
+            query.extend_from_slice(if index == 0 { b"SELECT " } else { b", " });
+            query.extend_from_slice(b"pg_catalog.set_config(");
+            put_literal(&mut query, name);
+            query.extend_from_slice(b", ");
+            put_literal(&mut query, value);
+            query.extend_from_slice(b", false)");
+        }
+        (!query.is_empty()).then_some(query)
+    }
+
+    fn find(&self, name: &[u8]) -> Result<usize, usize> {
+        let lower = |bytes: &[u8]| bytes.to_ascii_lowercase();
+        let wanted = lower(name);
+        self.0.binary_search_by(|(known, _)| lower(known).cmp(&wanted))
+    }
+}
+
+/// The value of a reported parameter.
+#[must_use]
+pub fn reported<'a>(all: &'a Reported, name: &[u8]) -> Option<&'a [u8]> {
+    all.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, value)| &**value)
+}
+
+/// Takes note of a report.
+pub fn report(all: &mut Reported, name: &[u8], value: &[u8]) {
+    match all.iter_mut().find(|(known, _)| known.eq_ignore_ascii_case(name)) {
+        Some((_, known)) => *known = value.into(),
+        None => all.push((name.into(), value.into())),
+    }
+}
+
+/// What a client that was told `told` has to be told when it meets a server that reports `now`.
+pub fn differences<'a>(told: &'a Reported, now: &'a Reported) -> impl Iterator<Item = &'a Pair> {
+    now.iter().filter(|(name, value)| reported(told, name) != Some(value))
+}
+
+/// A string literal that reads the same whatever standard_conforming_strings says.
+fn put_literal(query: &mut Vec<u8>, text: &[u8]) {
+    query.extend_from_slice(b" E'");
+    for byte in text {
+        if matches!(byte, b'\'' | b'\\') {
+            query.push(*byte);
+        }
+        query.push(*byte);
+    }
+    query.push(b'\'');
+}
+
+/// A setting's name, each part of it quoted (`"myapp"."user_id"`).
+fn put_name(query: &mut Vec<u8>, name: &[u8]) {
+    for (index, part) in name.split(|byte| *byte == b'.').enumerate() {
+        if index > 0 {
+            query.push(b'.');
+        }
+        query.push(b'"');
+        part.iter().filter(|byte| **byte != b'"').for_each(|byte| query.push(*byte));
+        query.push(b'"');
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair(name: &str, value: &str) -> Pair {
+        (name.as_bytes().into(), value.as_bytes().into())
+    }
+
+    fn query(from: &[(&str, &str)], to: &[(&str, &str)]) -> Option<String> {
+        let settings = |pairs: &[(&str, &str)]| Settings::new(pairs.iter().map(|(n, v)| pair(n, v)));
+        settings(from).query_to(&settings(to)).map(|query| String::from_utf8(query).unwrap())
+    }
+
+    #[test]
+    fn only_differences_are_said() {
+        assert_eq!(query(&[("TimeZone", "UTC")], &[("timezone", "UTC")]), None);
+        assert_eq!(
+            query(&[("a.b", "1"), ("x", "1")], &[("x", "it's \\"), ("y", "2")]).unwrap(),
+            "RESET \"a\".\"b\"; SELECT pg_catalog.set_config( E'x',  E'it''s \\\\', false), \
+             pg_catalog.set_config( E'y',  E'2', false)"
+        );
+    }
+
+    #[test]
+    fn a_setting_that_is_back_at_its_start_is_no_setting() {
+        let initial = vec![pair("TimeZone", "UTC"), pair("server_version", "13")];
+        let mut settings = Settings::default();
+        settings.follow(&initial, b"TimeZone", b"CET");
+        assert_eq!(settings.value(b"timezone"), Some(&b"CET"[..]));
+        settings.follow(&initial, b"TimeZone", b"UTC");
+        settings.follow(&initial, b"server_version", b"17");
+        assert_eq!(settings, Settings::default());
+    }
+}
