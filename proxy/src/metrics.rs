@@ -13,6 +13,12 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
+pub(crate) mod names;
+mod page;
+
+pub use names::{Kind, METRICS, Metric};
+pub use page::{Reading, page};
+
 /// One tally per column of PgBouncer's SHOW STATS, in its order.
 macro_rules! traffic {
     ($($(#[$doc:meta])* $field:ident),+ $(,)?) => {
@@ -304,6 +310,97 @@ impl Pages {
     }
 }
 
+/// What happened to the process as a whole, for the exporter: one counter per kind of event.
+#[derive(Debug, Default)]
+pub struct Events {
+    /// Logins that were refused.
+    pub logins_refused: Counter,
+    /// Clients that waited longer than `query_wait_timeout` for a server connection.
+    pub query_wait_timeouts: Counter,
+    /// Clients that were held longer than `hold_budget`.
+    pub holds_shed: Counter,
+    /// Clients that were held and cancelled.
+    pub holds_canceled: Counter,
+    /// Cancel requests sent on to a server or a peer.
+    pub cancels_forwarded: Counter,
+    /// Cancel requests of unknown keys.
+    pub cancels_dropped: Counter,
+    /// Server connections that could not be made.
+    pub server_logins_failed: Counter,
+    /// Server connections that broke while a client had them.
+    pub servers_lost: Counter,
+    /// Pauses whose lease ended.
+    pub leases_ended: Counter,
+    /// Switches that followed a decision the proxy found by itself.
+    pub decisions_followed: Counter,
+    /// Route files that could not be written: the route is right now, and lost with the process.
+    pub route_writes_failed: Counter,
+    /// How long clients were held by a gate.
+    pub held: Held,
+}
+
+impl Events {
+    /// As the exporter prints them.
+    #[must_use]
+    pub fn readings(&self) -> Vec<Reading> {
+        let counters = [
+            (&names::LOGINS_REFUSED, &self.logins_refused),
+            (&names::QUERY_WAIT_TIMEOUTS, &self.query_wait_timeouts),
+            (&names::HOLDS_SHED, &self.holds_shed),
+            (&names::HOLDS_CANCELED, &self.holds_canceled),
+            (&names::CANCELS_FORWARDED, &self.cancels_forwarded),
+            (&names::CANCELS_DROPPED, &self.cancels_dropped),
+            (&names::SERVER_LOGINS_FAILED, &self.server_logins_failed),
+            (&names::SERVERS_LOST, &self.servers_lost),
+            (&names::LEASES_ENDED, &self.leases_ended),
+            (&names::DECISIONS_FOLLOWED, &self.decisions_followed),
+            (&names::ROUTE_WRITES_FAILED, &self.route_writes_failed),
+        ];
+        let readings = counters.into_iter().map(|(metric, counter)| Reading::new(metric).count(counter.read()));
+        readings.chain(self.held.readings()).collect()
+    }
+}
+
+/// How long clients were held: a histogram with fixed bounds, so that nothing grows between scrapes.
+#[derive(Debug, Default)]
+pub struct Held {
+    buckets: [Counter; HELD_BOUNDS_US.len()],
+    count: Counter,
+    sum_us: Counter,
+}
+
+/// From what nobody notices (5 ms) over the promise (250 ms) to the hold budget (15 s) and beyond, in microseconds.
+const HELD_BOUNDS_US: [u64; 10] =
+    [5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 5_000_000, 15_000_000];
+
+impl Held {
+    /// A client was held for so long.
+    pub fn observe(&self, held: Duration) {
+        let held_us = u64::try_from(held.as_micros()).unwrap_or(u64::MAX);
+        if let Some(at) = HELD_BOUNDS_US.iter().position(|bound| held_us <= *bound) {
+            self.buckets[at].count();
+        }
+        self.count.count();
+        self.sum_us.add(held_us);
+    }
+
+    fn readings(&self) -> Vec<Reading> {
+        let mut readings = Vec::with_capacity(HELD_BOUNDS_US.len() + 3);
+        // The count first: a bucket read later can only be larger, never smaller than what it was when counted.
+        let all = self.count.read();
+        let mut up_to = 0;
+        for (bound, bucket) in HELD_BOUNDS_US.iter().zip(&self.buckets) {
+            up_to += bucket.read();
+            let reading = Reading::new(&names::HELD_BUCKET).label("le", bound.to_string());
+            readings.push(reading.count(up_to.min(all)));
+        }
+        readings.push(Reading::new(&names::HELD_BUCKET).label("le", "+Inf").count(all));
+        readings.push(Reading::new(&names::HELD_COUNT).count(all));
+        readings.push(Reading::new(&names::HELD_SUM).count(self.sum_us.read()));
+        readings
+    }
+}
+
 /// A number that rises and falls with what exists.
 #[derive(Debug, Clone, Default)]
 pub struct Gauge(Arc<AtomicI64>);
@@ -340,7 +437,12 @@ pub struct Counter(AtomicU64);
 impl Counter {
     /// One more.
     pub fn count(&self) {
-        self.0.fetch_add(1, Relaxed);
+        self.add(1);
+    }
+
+    /// So many more.
+    pub fn add(&self, more: u64) {
+        self.0.fetch_add(more, Relaxed);
     }
 
     /// How many there were.

@@ -312,10 +312,7 @@ pub struct Renew {
 impl Command {
     /// The tag of CommandComplete: `SET k=v` for SET, the first word of the command for the others.
     pub fn tag(&self) -> String {
-        match self {
-            Self::Set { key, value } => format!("SET {key}={value}"),
-            other => other.verb().to_owned(),
-        }
+        if let Self::Set { key, value } = self { format!("SET {key}={value}") } else { self.verb().to_owned() }
     }
 
     /// The word it begins with.

@@ -444,3 +444,259 @@ fn nearest<'a>(typed: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a 
     let distance = |word: &str| strsim::damerau_levenshtein(&typed, &word.to_ascii_lowercase());
     known.map(|word| (distance(word), word)).filter(|(edits, _)| *edits <= 2).min().map(|(_, word)| word)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn name() -> impl Strategy<Value = String> {
+        prop_oneof![
+            "[a-zA-Z0-9_]{1,12}",
+            "[ -~äß漢]{1,15}",
+            Just("with".to_owned()),
+            Just("TO".to_owned()),
+            Just("a\"b".to_owned()),
+            Just("my-db".to_owned()),
+        ]
+    }
+
+    fn scope() -> impl Strategy<Value = Scope> {
+        prop_oneof![Just(Scope::All), name().prop_map(Scope::Database)]
+    }
+
+    fn claim() -> impl Strategy<Value = Claim> {
+        (any::<u128>(), 0..=i64::MAX as u64).prop_map(|(run, epoch)| Claim {
+            run: RunId::from(Uuid::from_u128(run)),
+            epoch: Epoch::try_from(epoch).unwrap(),
+        })
+    }
+
+    fn warrant() -> impl Strategy<Value = Warrant> {
+        prop_oneof![claim().prop_map(Warrant::Claim), Just(Warrant::Force)]
+    }
+
+    fn span() -> impl Strategy<Value = Duration> {
+        (0..=86_400_000_u64).prop_map(Duration::from_millis)
+    }
+
+    fn lease() -> impl Strategy<Value = Lease> {
+        (1..=86_400_000_u64).prop_map(|millis| Lease::try_from(Duration::from_millis(millis)).unwrap())
+    }
+
+    fn any_of<T: Copy + std::fmt::Debug + 'static>(all: &'static [T]) -> impl Strategy<Value = T> {
+        prop::sample::select(all)
+    }
+
+    fn pause_with() -> impl Strategy<Value = Command> {
+        let epoch = (claim(), name(), name()).prop_map(|(claim, source, target)| EpochPause { claim, source, target });
+        let (drain, lease) = (prop::option::of(span()), prop::option::of(lease()));
+        let parts = (name(), prop::option::of(epoch), drain, any_of(OnTimeout::ALL), lease, any_of(Mode::ALL));
+        parts.prop_map(|(database, epoch, drain, on_timeout, lease, mode)| {
+            Command::PauseWith(PauseWith { database, epoch, drain, on_timeout, lease, mode })
+        })
+    }
+
+    fn any_command() -> impl Strategy<Value = Command> {
+        let pgbouncers = prop_oneof![
+            any_of(Table::ALL).prop_map(|table| Command::Show(Show::Table(table))),
+            any_of(DriverSetting::ALL).prop_map(|setting| Command::Show(Show::Setting(setting))),
+            scope().prop_map(|scope| Command::Show(Show::Blockers(scope))),
+            (name(), "[ -~]{0,40}").prop_map(|(key, value)| Command::Set { key, value }),
+            Just(Command::Reload),
+            Just(Command::Suspend),
+            scope().prop_map(Command::Pause),
+            scope().prop_map(Command::Resume),
+            scope().prop_map(Command::Reconnect),
+            scope().prop_map(Command::WaitClose),
+            scope().prop_map(Command::Kill),
+            any::<u64>().prop_map(Command::KillClient),
+            name().prop_map(Command::Disable),
+            name().prop_map(Command::Enable),
+            any_of(Shutdown::ALL).prop_map(Command::Shutdown),
+        ];
+        let ours = prop_oneof![
+            pause_with(),
+            (name(), name(), prop::option::of(any::<u32>())).prop_map(|(database, backend, connections)| {
+                Command::PrepareSwitch(PrepareSwitch { database, backend, connections })
+            }),
+            (name(), name(), warrant()).prop_map(|(database, backend, warrant)| Command::Switch(Switch {
+                database,
+                backend,
+                warrant
+            })),
+            (name(), warrant()).prop_map(|(database, warrant)| Command::ResumeWith(ResumeWith { database, warrant })),
+            (name(), claim(), lease()).prop_map(|(database, claim, lease)| Command::Renew(Renew {
+                database,
+                claim,
+                lease
+            })),
+        ];
+        prop_oneof![pgbouncers, ours]
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_printed_parses_as_the_same_command(command in any_command()) {
+            let text = command.to_string();
+            prop_assert!(text.len() <= COMMAND_BYTES_MAX);
+            prop_assert_eq!(parse(&text), Ok(command.clone()), "{}", &text);
+            prop_assert_eq!(parse(&format!("  {text} ; -- done")), Ok(command), "{}", &text);
+        }
+
+        #[test]
+        fn keywords_have_no_case(upper in any::<bool>()) {
+            let fold = |text: &str| if upper { text.to_uppercase() } else { text.to_lowercase() };
+            prop_assert_eq!(parse(&fold("show pools")), Ok(Command::Show(Show::Table(Table::Pools))));
+            prop_assert_eq!(parse(&fold("Wait_Close")), Ok(Command::WaitClose(Scope::All)));
+            prop_assert!(parse(&fold("resume \"x\" with (force)")).is_ok());
+        }
+
+        #[test]
+        fn any_text_is_a_command_or_an_error(text in any::<String>()) {
+            let _ = parse(&text);
+        }
+
+        #[test]
+        fn any_tokens_are_a_command_or_an_error(
+            words in prop::collection::vec(
+                prop::sample::select(vec![
+                    "PAUSE", "SHOW", "SET", "RESUME", "SWITCH", "PREPARE", "RENEW", "TO", "WITH", "(", ")", ",", "=", ";",
+                    "run", "epoch", "lease", "drain", "force", "'x'", "\"y\"", "'", "\"", "app", "7", "'2s'", "/*", "*/", "--",
+                ]),
+                0..12,
+            )
+        ) {
+            let text = words.join(" ");
+            if let Ok(command) = parse(&text) {
+                prop_assert_eq!(parse(&command.to_string()), Ok(command));
+            }
+        }
+    }
+
+    const RUN: &str = "8a6f0c1e-6a53-4a0e-9d0e-3a6b1c2d4e5f";
+
+    #[track_caller]
+    fn wrong(text: &str) -> (String, String) {
+        match parse(text) {
+            Err(GrammarError::Wrong { message, hint }) => (message, hint.unwrap_or_default()),
+            other => panic!("{text}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn an_epoch_pause_reads_every_option_in_any_order() {
+        let text = format!(
+            "pause app with (lease '3s', mode all, on_timeout cancel, drain '1500ms', target green, source 'blue', \
+             epoch 7, run '{RUN}');"
+        );
+        let expected = PauseWith {
+            database: "app".to_owned(),
+            epoch: Some(EpochPause {
+                claim: Claim { run: RUN.parse().unwrap(), epoch: "7".parse().unwrap() },
+                source: "blue".to_owned(),
+                target: "green".to_owned(),
+            }),
+            drain: Some(Duration::from_millis(1500)),
+            on_timeout: OnTimeout::Cancel,
+            lease: Some(Lease::try_from(Duration::from_secs(3)).unwrap()),
+            mode: Mode::All,
+        };
+        assert_eq!(parse(&text), Ok(Command::PauseWith(expected)));
+    }
+
+    #[test]
+    fn a_plain_number_is_seconds() {
+        for (text, millis) in
+            [("2", 2000), ("'0.5'", 500), ("1.5", 1500), ("'500ms'", 500), ("'1m 1s'", 61_000), ("0", 0)]
+        {
+            let Ok(Command::PauseWith(pause)) = parse(&format!("PAUSE app WITH (drain {text})")) else {
+                panic!("{text}")
+            };
+            assert_eq!(pause.drain, Some(Duration::from_millis(millis)), "{text}");
+        }
+        for text in ["'-1'", "'inf'", "'nan'", "''", "'2 parsecs'", "86401", "'1e300'", "'2d'"] {
+            let (message, _) = wrong(&format!("PAUSE app WITH (drain {text})"));
+            assert!(message.starts_with("drain has to be a time"), "{text}: {message}");
+        }
+        assert!(wrong("PAUSE app WITH (lease 0)").0.contains("1 ms to 1 day"));
+    }
+
+    #[test]
+    fn pgbouncers_forms_are_accepted() {
+        let database = |name: &str| Scope::Database(name.to_owned());
+        let set = |key: &str, value: &str| Command::Set { key: key.to_owned(), value: value.to_owned() };
+        for (text, command) in [
+            ("SELECT version", Command::Show(Show::Table(Table::Version))),
+            ("show \"pools\";", Command::Show(Show::Table(Table::Pools))),
+            ("PAUSE \"name-with-dash\" ; ", Command::Pause(database("name-with-dash"))),
+            ("PAUSE \"a\"\"b\"", Command::Pause(database("a\"b"))),
+            ("PAUSE App", Command::Pause(database("App"))),
+            ("SET a=b", set("a", "b")),
+            ("SET a TO b", set("a", "b")),
+            ("set a = 'it''s'", set("a", "it's")),
+            ("SET a=''", set("a", "")),
+            ("SHOW DateStyle", Command::Show(Show::Setting(DriverSetting::DateStyle))),
+            ("SHUTDOWN wait_for_clients", Command::Shutdown(Shutdown::WaitForClients)),
+            ("\n\tKILL_CLIENT 12\r\n", Command::KillClient(12)),
+        ] {
+            assert_eq!(parse(text), Ok(command), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_empty_command_is_not_a_wrong_one() {
+        for text in ["", " ; ", ";;", "-- ping", "/* */"] {
+            assert_eq!(parse(text), Err(GrammarError::Empty), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn an_error_names_the_right_form_or_the_near_word() {
+        for (text, message, hint) in [
+            ("PUASE app", "no command", "PAUSE"),
+            ("SHOW POLLS", "no table", "SHOW POOLS"),
+            ("SHOW nonsense", "no table", "SHOW HELP"),
+            ("frobnicate", "no command", "SHOW HELP"),
+            ("PAUSE my-db", "unexpected '-'", "double quotes"),
+            ("PAUSE a b", "goes on with \"b\"", "PAUSE [db]"),
+            ("RELOAD; RELOAD", "one command per query", "on its own"),
+            ("SWITCH app TO green", "needs WITH", "SWITCH db TO backend WITH"),
+            ("SWITCH app green", "expected TO", "SWITCH db TO backend WITH"),
+            ("SWITCH app TO green WITH (force, epoch 1)", "epoch needs run", "SWITCH db TO"),
+            ("RENEW app WITH (epoch 3)", "epoch needs run", "RENEW db WITH"),
+            ("RENEW app", "RENEW needs WITH", "RENEW db WITH"),
+            ("RESUME app WITH (epcoh 3)", "no option \"epcoh\"", "did you mean epoch"),
+            ("RESUME app WITH (force, force)", "force is given twice", "RESUME"),
+            ("RESUME WITH (force)", "expected a database", "RESUME"),
+            ("PAUSE app WITH ()", "expected an option", "PAUSE"),
+            ("PAUSE app WITH (mode some)", "mode cannot be", "PAUSE"),
+            ("PAUSE app WITH (source blue)", "come together", "PAUSE"),
+            ("PREPARE app TO green", "expected SWITCH", "PREPARE SWITCH db"),
+            ("PREPARE SWITCH app TO green WITH (connections -1)", "unexpected '-'", "double quotes"),
+            ("PREPARE SWITCH app TO green WITH (connections '99999999999')", "whole number", "PREPARE"),
+            ("KILL_CLIENT x", "whole number", "KILL_CLIENT id"),
+            ("SHUTDOWN NOW", "cannot", "WAIT_FOR_SERVERS"),
+            ("SET a", "expected = or TO", "SET key = value"),
+            ("SHOW", "expected a table", "SHOW table"),
+            ("'PAUSE'", "expected a command", "SHOW HELP"),
+            ("PAUSE \"\"", "a name is empty", "PAUSE"),
+            ("PAUSE \"x", "a \" is not closed", ""),
+        ] {
+            let (said, advice) = wrong(text);
+            assert!(said.contains(message), "{text}: {said}");
+            assert!(advice.contains(hint), "{text}: {advice}");
+        }
+    }
+
+    #[test]
+    fn lengths_are_bounded() {
+        let long = "x".repeat(NAME_BYTES_MAX);
+        assert!(parse(&format!("PAUSE {long}")).is_ok());
+        assert!(wrong(&format!("PAUSE {long}x")).0.contains("longer than 63"));
+        assert!(wrong(&format!("SET a = '{}'", "x".repeat(VALUE_BYTES_MAX + 1))).0.contains("longer than 255"));
+        assert!(wrong(&format!("PAUSE /*{}*/", "x".repeat(COMMAND_BYTES_MAX))).0.contains("longer than 4096"));
+    }
+}
