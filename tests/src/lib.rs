@@ -10,6 +10,7 @@
 //!
 //! A module uses only modules below it in this list.
 
+pub mod stage;
 pub mod faults;
 pub mod workload;
 mod pipeliner;
