@@ -90,13 +90,9 @@ enum Scan {
 }
 
 impl Relay<'_> {
-    /// Runs until the end. Cancel safe in that no byte is lost, but the connection is then in the middle of things:
-    /// whoever drops this closes the server connection.
-    pub async fn run(&mut self) -> End {
-        std::future::poll_fn(|cx| self.poll(cx)).await
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+    /// Moves what can be moved; ready at the end. No byte is lost when nobody polls again, but the connection is then in
+    /// the middle of things: whoever drops this closes the server connection.
+    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         loop {
             let before = self.moved;
             if let Some(end) = self.poll_up(cx) {

@@ -57,6 +57,8 @@ impl SqlState {
     pub const PROTOCOL_VIOLATION: Self = Self(*b"08P01");
     /// 0A000: not supported here.
     pub const FEATURE_NOT_SUPPORTED: Self = Self(*b"0A000");
+    /// 22023: a setting has no such value.
+    pub const INVALID_PARAMETER_VALUE: Self = Self(*b"22023");
     /// 25006: a write in a read-only transaction.
     pub const READ_ONLY_TRANSACTION: Self = Self(*b"25006");
     /// 28000: this user may not log in this way.
@@ -391,6 +393,13 @@ impl Report {
         let message = "named prepared statements are not supported in transaction pooling yet";
         Self::fatal(SqlState::FEATURE_NOT_SUPPORTED, message, Blame::Operator)
             .with_hint("Use session pooling for this user, or let the driver send unnamed statements.")
+    }
+
+    /// 22023: the server refused a setting that the client asked for in its Startup; `why` are the server's words.
+    #[must_use]
+    pub fn settings_refused(why: &str) -> Self {
+        let message = format!("the server refused this session's settings: {why}");
+        Self::fatal(SqlState::INVALID_PARAMETER_VALUE, message, Blame::Client)
     }
 
     /// XX000: a bug of ours.

@@ -1,1 +1,380 @@
-//! placeholder
+//! Serves one logged-in client until it leaves.
+//!
+//! Invariant: between transactions a transaction-pooled session owns its client's socket and nothing else; a server
+//! connection is only used under a pass. A session is an owned value: at rest it can give up its server connection and
+//! take another. What was read from the client is answered or refused, never lost.
+
+mod refuse;
+mod wait;
+
+use std::io;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+use tokio::io::AsyncWriteExt;
+
+use crate::client::{Client, Order, State};
+use crate::config::PoolMode;
+use crate::message;
+use crate::metrics::Meter;
+use crate::parameters;
+use crate::parameters::{Reported, Settings};
+use crate::pool::{Kept, Lease, NoServer, Pool};
+use crate::relay::{Buffer, End, Moved, Read, Relay, Statements};
+use crate::report::{Report, Severity};
+use crate::stream::Stream;
+use crate::tracker::Tracker;
+
+/// How long applying settings or resetting a connection may take.
+const OWN_STATEMENT: Duration = Duration::from_secs(5);
+
+/// How long a last word to a client may take.
+const LAST_WORD: Duration = Duration::from_secs(1);
+
+/// A logged-in client's session.
+pub struct Session {
+    /// The client's socket.
+    pub stream: Stream,
+    /// What others know of the client.
+    pub client: Arc<Client>,
+    /// Where its server connections come from.
+    pub pool: Arc<Pool>,
+    /// What it counts with.
+    pub meter: Meter,
+    /// The settings it asked for.
+    pub settings: Arc<Settings>,
+    /// What it was told of its server.
+    pub told: Arc<Reported>,
+    /// The worker that runs it.
+    pub worker: usize,
+    /// Bytes from the client; none at rest.
+    pub up: Option<Buffer>,
+    /// Bytes from a kept server; none at rest.
+    pub down: Option<Buffer>,
+    /// A session-pooled client's server connection.
+    pub kept: Option<Box<Kept>>,
+}
+
+/// How a session ended.
+#[derive(Debug)]
+pub enum Farewell {
+    /// The client said goodbye.
+    Terminated,
+    /// The client's connection broke.
+    ClientGone(io::Error),
+    /// The server's connection broke in the middle of things.
+    ServerGone(String),
+    /// We ended it; the client was told why.
+    Refused(Box<Report>),
+}
+
+impl Session {
+    /// Serves the client. Ended by the client, by a lost server connection, or by an order.
+    pub async fn run(mut self) -> Farewell {
+        let farewell = loop {
+            if let Err(farewell) = std::future::poll_fn(|cx| self.poll_begin(cx)).await {
+                break farewell;
+            }
+            if let Err(farewell) = self.transaction().await {
+                break farewell;
+            }
+        };
+        self.leave(&farewell).await;
+        farewell
+    }
+
+    /// One transaction: pass, server connection, settings, frames.
+    async fn transaction(&mut self) -> Result<(), Farewell> {
+        let asked_at = Instant::now();
+        let Some(lease) = self.lease(asked_at).await? else { return Ok(()) };
+        let begun_at = Instant::now();
+        self.meter.wait(micros(begun_at - asked_at));
+        self.meter.server_assignment();
+        self.client.enter(State::Active, begun_at);
+        self.client.link(&lease.pooled.shared);
+        let outcome = self.relay(lease).await;
+        let ended_at = Instant::now();
+        self.client.unlink();
+        self.client.enter(State::Idle, ended_at);
+        let (lease, end, moved) = outcome?;
+        self.count(moved, micros(ended_at - begun_at));
+        self.finish(lease, end)
+    }
+
+    /// A server connection under a pass; `None` when the statement was refused and the client goes on.
+    async fn lease(&mut self, asked_at: Instant) -> Result<Option<Lease>, Farewell> {
+        loop {
+            let pass = match self.pool.site.gate.try_enter() {
+                Some(pass) => pass,
+                None => match Box::pin(self.held(asked_at)).await? {
+                    Some(pass) => pass,
+                    None => return Ok(None),
+                },
+            };
+            if let Some(kept) = self.kept.take() {
+                return Ok(Some(kept.begin(pass)));
+            }
+            let pool = Arc::clone(&self.pool);
+            match Box::pin(self.waited(pool.checkout(pass, self.worker))).await? {
+                Some(Ok(lease)) => return Ok(Some(lease)),
+                Some(Err(NoServer::Shut)) => {}
+                Some(Err(NoServer::Refused(report))) => {
+                    self.refuse(report).await?;
+                    return Ok(None);
+                }
+                None => return Ok(None),
+            }
+        }
+    }
+
+    /// Makes the connection fit the client, then moves frames until the end.
+    async fn relay(&mut self, mut lease: Lease) -> Result<(Lease, End, Moved), Farewell> {
+        let mut down = Buffer::take();
+        if let Err(error) = Box::pin(self.fit(&mut lease, &mut down)).await {
+            lease.close();
+            return Err(error);
+        }
+        let mut up = self.up.take().unwrap_or_else(Buffer::take);
+        let gate = Arc::clone(&self.pool.site.gate);
+        let pooled = &mut *lease.pooled;
+        let mut relay = Relay {
+            client: &mut self.stream,
+            up: &mut up,
+            server: &mut pooled.server.stream,
+            down: &mut down,
+            tracker: &mut pooled.tracker,
+            gate: &gate,
+            statements: match self.client.who.pool_mode {
+                PoolMode::Session => Statements::Kept,
+                PoolMode::Transaction => Statements::Unnamed,
+            },
+            reported: Vec::new(),
+            moved: Moved::default(),
+        };
+        let client = &self.client;
+        let end = std::future::poll_fn(|cx| match client.poll_order(cx, &[Order::Kill]) {
+            Poll::Ready(_) => Poll::Ready(End::Refused(Box::new(Report::admin_shutdown()))),
+            Poll::Pending => relay.poll(cx),
+        })
+        .await;
+        let (reported, moved) = (std::mem::take(&mut relay.reported), relay.moved);
+        if !reported.is_empty() {
+            self.follow(&mut lease, &reported);
+        }
+        if !up.is_empty() {
+            self.up = Some(up);
+        }
+        Ok((lease, end, moved))
+    }
+
+    /// Applies the client's settings to the server connection and tells the client what is different there.
+    async fn fit(&mut self, lease: &mut Lease, down: &mut Buffer) -> Result<(), Farewell> {
+        let pooled = &mut *lease.pooled;
+        if !Arc::ptr_eq(&pooled.applied, &self.settings) {
+            if let Some(query) = pooled.applied.query_to(&self.settings) {
+                let deadline = tokio::time::Instant::now() + OWN_STATEMENT;
+                // Not UTF-8: the server answers what it thinks of it.
+                let query = String::from_utf8_lossy(&query);
+                if let Err(error) = pooled.server.simple(&query, deadline).await {
+                    let report = Report::settings_refused(&error.to_string());
+                    return Err(Farewell::Refused(Box::new(report)));
+                }
+                pooled.reported = Arc::new(pooled.server.parameters.clone());
+            }
+            pooled.applied = Arc::clone(&self.settings);
+        }
+        if !Arc::ptr_eq(&pooled.reported, &self.told) {
+            let mut news = BytesMut::new();
+            for (name, value) in parameters::differences(&self.told, &pooled.reported) {
+                message::put_parameter_status(&mut news, name, value);
+            }
+            if !down.append(&news) {
+                self.stream.write_all(&news).await.map_err(Farewell::ClientGone)?;
+            }
+            self.told = Arc::clone(&pooled.reported);
+        }
+        Ok(())
+    }
+
+    /// Takes note of settings that changed while the client was served.
+    fn follow(&mut self, lease: &mut Lease, reported: &[message::Pair]) {
+        let pooled = &mut *lease.pooled;
+        pooled.note(reported);
+        let mut settings = Settings::clone(&self.settings);
+        for (name, value) in reported {
+            settings.follow(&pooled.initial, name, value);
+            if name.eq_ignore_ascii_case(b"application_name") {
+                self.client.rename(&String::from_utf8_lossy(value));
+            }
+        }
+        self.settings = Arc::new(settings);
+        pooled.applied = Arc::clone(&self.settings);
+        self.told = Arc::clone(&pooled.reported);
+    }
+
+    fn finish(&mut self, lease: Lease, end: End) -> Result<(), Farewell> {
+        let rests = lease.pooled.tracker.at_rest();
+        let keeps = self.client.who.pool_mode == PoolMode::Session;
+        let farewell = match end {
+            End::Rest => None,
+            End::Terminated => Some(Farewell::Terminated),
+            End::ClientGone(error) => Some(Farewell::ClientGone(error)),
+            End::Refused(report) => Some(Farewell::Refused(report)),
+            End::ServerGone(error) => {
+                lease.close();
+                return Err(Farewell::ServerGone(error.to_string()));
+            }
+            End::ServerNonsense(what) => {
+                lease.close();
+                return Err(Farewell::ServerGone(what));
+            }
+        };
+        match (rests, keeps) {
+            (true, true) => self.kept = Some(Box::new(lease.keep())),
+            (true, false) => lease.rest(),
+            (false, _) => lease.close(),
+        }
+        farewell.map_or(Ok(()), Err)
+    }
+
+    fn count(&self, moved: Moved, duration_us: u64) {
+        self.meter.received(moved.up_bytes);
+        self.meter.sent(moved.down_bytes);
+        self.meter.xact(duration_us);
+        self.meter.queries(moved.queries, duration_us);
+    }
+
+    /// Waits until a statement begins. Owns no buffer while nothing has come.
+    fn poll_begin(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Farewell>> {
+        // A cancel that comes at rest is about nothing.
+        self.client.forget(Order::Cancel);
+        if self.client.poll_order(cx, &[Order::Kill, Order::Leave]).is_ready() {
+            return Poll::Ready(Err(Farewell::Refused(Box::new(Report::admin_shutdown()))));
+        }
+        if let Err(farewell) = self.poll_gossip(cx) {
+            return Poll::Ready(Err(farewell));
+        }
+        loop {
+            if let Some(first) = self.first_message() {
+                return Poll::Ready(first);
+            }
+            if self.up.is_none() {
+                std::task::ready!(self.stream.poll_readable(cx)).map_err(Farewell::ClientGone)?;
+            }
+            let up = self.up.get_or_insert_with(Buffer::take);
+            match up.poll_read(&mut self.stream, cx) {
+                Poll::Ready(Ok(Read::Some | Read::Full)) => {}
+                Poll::Ready(Ok(Read::End)) => {
+                    return Poll::Ready(Err(Farewell::ClientGone(io::ErrorKind::UnexpectedEof.into())));
+                }
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(Farewell::ClientGone(error))),
+                Poll::Pending => {
+                    if up.is_empty() {
+                        self.up = None;
+                    }
+                    return Poll::Pending;
+                }
+            }
+        }
+    }
+
+    /// Whether a message that needs a server has begun. What a server at rest would ignore is dropped here.
+    fn first_message(&mut self) -> Option<Result<(), Farewell>> {
+        let up = self.up.as_mut()?;
+        loop {
+            let header = match up.next_header() {
+                Ok(Some(header)) => header,
+                Ok(None) => return None,
+                Err(error) => return Some(Err(violation(error.to_string()))),
+            };
+            match header.tag {
+                b'Q' | b'F' | b'S' | b'P' | b'B' | b'D' | b'E' | b'C' | b'H' => return Some(Ok(())),
+                b'd' | b'c' | b'f' => up.discard(header),
+                b'X' => return Some(Err(Farewell::Terminated)),
+                other => return Some(Err(violation(format!("invalid frontend message type {other}")))),
+            }
+        }
+    }
+
+    /// Passes on what a kept server says at rest: notices, notifications, settings, its end.
+    fn poll_gossip(&mut self, cx: &mut Context<'_>) -> Result<(), Farewell> {
+        loop {
+            let Some(kept) = self.kept.as_mut() else { return Ok(()) };
+            if let Some(down) = self.down.as_mut() {
+                clear_gossip(down, &mut kept.pooled.tracker)?;
+                match down.poll_write(&mut self.stream, cx) {
+                    Poll::Ready(Ok(_)) => {}
+                    Poll::Ready(Err(error)) => return Err(Farewell::ClientGone(error)),
+                    Poll::Pending => return Ok(()),
+                }
+                if down.is_empty() {
+                    self.down = None;
+                }
+            }
+            let server = &mut kept.pooled.server.stream;
+            if server.poll_readable(cx).is_pending() {
+                return Ok(());
+            }
+            match self.down.get_or_insert_with(Buffer::take).poll_read(server, cx) {
+                Poll::Ready(Ok(Read::Some | Read::Full)) => {}
+                Poll::Ready(Ok(Read::End)) => return Err(Farewell::ServerGone("closed at rest".to_owned())),
+                Poll::Ready(Err(error)) => return Err(Farewell::ServerGone(error.to_string())),
+                Poll::Pending => return Ok(()),
+            }
+        }
+    }
+
+    /// The last word to the client, and what becomes of a kept server connection.
+    async fn leave(&mut self, farewell: &Farewell) {
+        let last_word = match farewell {
+            Farewell::Terminated | Farewell::ClientGone(_) => None,
+            Farewell::ServerGone(_) => Some(Report::server_connection_lost()),
+            Farewell::Refused(report) => Some(Report { severity: Severity::Fatal, ..(**report).clone() }),
+        };
+        if let Some(report) = last_word {
+            let mut bytes = BytesMut::new();
+            report.encode(&mut bytes);
+            // The client may be gone already; then there is nobody to tell.
+            let _ = tokio::time::timeout(LAST_WORD, self.stream.write_all(&bytes)).await;
+            let _ = tokio::time::timeout(LAST_WORD, self.stream.shutdown()).await;
+        }
+        let Some(mut kept) = self.kept.take() else { return };
+        if matches!(farewell, Farewell::ServerGone(_)) {
+            return kept.close();
+        }
+        let reset = self.pool.site.config.load().general.server_reset_query.clone();
+        let deadline = tokio::time::Instant::now() + OWN_STATEMENT;
+        match kept.pooled.server.simple(&reset, deadline).await {
+            Ok(_) => {
+                kept.pooled.reported = Arc::new(kept.pooled.server.parameters.clone());
+                kept.pooled.applied = Arc::new(Settings::default());
+                kept.rest();
+            }
+            Err(_) => kept.close(),
+        }
+    }
+}
+
+/// Clears messages that came from a server at rest.
+fn clear_gossip(down: &mut Buffer, tracker: &mut Tracker) -> Result<(), Farewell> {
+    loop {
+        match down.next_header() {
+            Ok(None) => return Ok(()),
+            Ok(Some(header)) => {
+                tracker.backend(header.tag, 0);
+                down.send(header);
+            }
+            Err(error) => return Err(Farewell::ServerGone(error.to_string())),
+        }
+    }
+}
+
+fn violation(what: String) -> Farewell {
+    Farewell::Refused(Box::new(Report::protocol_violation(what)))
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,91 @@
+//! Waiting for the gate or for a server connection, as a client that is still there.
+//!
+//! Invariant: whoever waits can be cancelled, killed, and seen to hang up; no wait outlasts the hold budget or
+//! `query_wait_timeout`.
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use crate::client::{Order, State};
+use crate::gate::Pass;
+use crate::relay::Read;
+use crate::report::Report;
+use crate::session::{Farewell, Session};
+
+impl Session {
+    /// Waits at the shut gate; `None` when the statement was refused (cancelled, or held for too long) and the client
+    /// goes on.
+    pub(super) async fn held(&mut self, asked_at: Instant) -> Result<Option<Pass>, Farewell> {
+        self.client.enter(State::Held, Instant::now());
+        let site = Arc::clone(&self.pool.site);
+        let budget = site.config.load().general.hold_budget;
+        let id = self.client.who.id;
+        let enter = tokio::time::timeout_at((asked_at + budget).into(), site.gate.enter(id));
+        match self.attended(enter).await? {
+            Some(Ok(pass)) => Ok(Some(pass)),
+            Some(Err(_)) => {
+                self.refuse(Box::new(Report::held_too_long())).await?;
+                Ok(None)
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// Waits for a server connection; `None` when the statement was cancelled and the client goes on.
+    pub(super) async fn waited<T>(&mut self, checkout: impl Future<Output = T>) -> Result<Option<T>, Farewell> {
+        let mut checkout = Box::pin(checkout);
+        // Nearly always there is a connection, and no wait.
+        let at_once = std::future::poll_fn(|cx| Poll::Ready(checkout.as_mut().poll(cx))).await;
+        if let Poll::Ready(outcome) = at_once {
+            return Ok(Some(outcome));
+        }
+        self.client.enter(State::Waiting, Instant::now());
+        self.attended(checkout).await
+    }
+
+    /// Waits for `event` while the client is watched; `None` when it cancelled.
+    async fn attended<T>(&mut self, event: impl Future<Output = T>) -> Result<Option<T>, Farewell> {
+        let mut event = std::pin::pin!(event);
+        let outcome = std::future::poll_fn(|cx| {
+            if let Poll::Ready(value) = event.as_mut().poll(cx) {
+                return Poll::Ready(Ok(Some(value)));
+            }
+            self.poll_absence(cx).map(|farewell| farewell.map_or(Ok(None), Err))
+        })
+        .await?;
+        if outcome.is_none() {
+            self.client.forget(Order::Cancel);
+            self.refuse(Box::new(Report::query_canceled())).await?;
+        }
+        Ok(outcome)
+    }
+
+    /// Ready with `None` when the client cancels, with a farewell when it hangs up or has to go.
+    fn poll_absence(&mut self, cx: &mut Context<'_>) -> Poll<Option<Farewell>> {
+        match self.client.poll_order(cx, &[Order::Kill, Order::Leave, Order::Cancel]) {
+            Poll::Ready(Order::Cancel) => return Poll::Ready(None),
+            Poll::Ready(Order::Kill | Order::Leave) => {
+                return Poll::Ready(Some(Farewell::Refused(Box::new(Report::admin_shutdown()))));
+            }
+            Poll::Pending => {}
+        }
+        if let Err(farewell) = self.poll_gossip(cx) {
+            return Poll::Ready(Some(farewell));
+        }
+        // Read on as far as the buffer goes: that is how a hang-up is seen, and all that a held client may pile up.
+        let Some(up) = self.up.as_mut() else { return Poll::Pending };
+        loop {
+            match up.poll_read(&mut self.stream, cx) {
+                Poll::Ready(Ok(Read::Some)) => {}
+                Poll::Ready(Ok(Read::Full)) | Poll::Pending => return Poll::Pending,
+                Poll::Ready(Ok(Read::End)) => {
+                    return Poll::Ready(Some(Farewell::ClientGone(io::ErrorKind::UnexpectedEof.into())));
+                }
+                Poll::Ready(Err(error)) => return Poll::Ready(Some(Farewell::ClientGone(error))),
+            }
+        }
+    }
+}
