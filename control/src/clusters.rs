@@ -19,7 +19,7 @@ pub use crate::clusters::barrier::{BarrierError, Passed, PreparedTransaction, Wr
 pub use crate::clusters::replication::{
     CatchUpError, CaughtUp, Coverage, Lag, Lsn, PublishedTable, SlotState, Subscription, TableState, uncovered,
 };
-pub use crate::clusters::sequences::{Position, Sequence, SequenceDrift, drift};
+pub use crate::clusters::sequences::{Position, Sequence, SequenceDrift, Setting, drift};
 pub use crate::clusters::store::{Certainty, DecideError};
 pub use crate::clusters::tables::{GateState, TableFacts, TableKind, Ungated};
 use crate::config::Endpoint;

@@ -8,11 +8,11 @@
 //!
 //! Invariant: the list below is the order of the layers; a module uses only modules below it.
 
-// pub mod cli;
-// pub mod commands;
-// pub mod engine;
-// pub mod steps;
-// pub mod preflight;
+pub mod cli;
+pub mod commands;
+pub mod engine;
+pub mod steps;
+pub mod preflight;
 pub mod report;
 pub mod journal;
 pub mod state;

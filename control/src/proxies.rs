@@ -137,6 +137,13 @@ impl Proxy {
         Ok(row.and_then(|row| row.get("value")).map(str::to_owned))
     }
 
+    /// The server processes of its connections for a database.
+    pub async fn server_pids(&self, database: &str) -> Result<Vec<i32>, ProxyError> {
+        let rows = self.order_aside(&Command::Show(Show::Table(Table::Servers)), SHOW_DEADLINE).await?;
+        let ours = rows.iter().filter(|row| row.get("database") == Some(database));
+        Ok(ours.filter_map(|row| row.get("remote_pid")?.parse().ok()).collect())
+    }
+
     fn lacks(&self, database: &str) -> ProxyError {
         let message = format!("serves no database '{database}'");
         ProxyError { proxy: self.name().to_owned(), sqlstate: Some("42704".to_owned()), message }
@@ -190,13 +197,38 @@ fn typed<R: Row>(proxy: &str, row: &SimpleQueryRow) -> Result<R, ProxyError> {
 /// Every proxy of a cutover.
 pub struct Fleet {
     proxies: Vec<Arc<Proxy>>,
+    lost: watch::Sender<Option<ProxyError>>,
+}
+
+/// Tells when a lease is lost.
+#[derive(Debug, Clone)]
+pub struct Losses(watch::Receiver<Option<ProxyError>>);
+
+impl Losses {
+    /// The first lease that was lost so far.
+    pub fn one(&self) -> Option<ProxyError> {
+        self.0.borrow().clone()
+    }
+
+    /// Waits until a lease is lost; for ever if none is (whoever holds the leases ends the wait). Cancel safe.
+    pub async fn first(&mut self) -> ProxyError {
+        loop {
+            if let Some(error) = self.0.borrow_and_update().clone() {
+                return error;
+            }
+            if self.0.changed().await.is_err() {
+                // The fleet is gone: nothing more can come.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
 }
 
 impl Fleet {
     /// Logs in everywhere; all or none.
     pub async fn connect(addresses: &[ProxyAddress]) -> Result<Fleet, ProxyErrors> {
         let proxies = all(join_all(addresses.iter().map(Proxy::connect)).await)?;
-        Ok(Fleet { proxies: proxies.into_iter().map(Arc::new).collect() })
+        Ok(Fleet { proxies: proxies.into_iter().map(Arc::new).collect(), lost: watch::Sender::new(None) })
     }
 
     /// Logs in where that works; the rest is told.
@@ -208,7 +240,12 @@ impl Fleet {
                 Err(error) => errors.push(error),
             }
         }
-        (Fleet { proxies }, errors)
+        (Fleet { proxies, lost: watch::Sender::new(None) }, errors)
+    }
+
+    /// Tells when a lease is lost.
+    pub fn losses(&self) -> Losses {
+        Losses(self.lost.subscribe())
     }
 
     /// Each of them.
@@ -243,8 +280,7 @@ impl Fleet {
 
     /// Renews the pause of every proxy from now on, until the result is dropped.
     pub fn keep(&self, database: &str, claim: Claim, lease: Lease, every: Duration) -> Leases {
-        let (lost, watch) = watch::channel(None);
-        let mut leases = Leases { tasks: JoinSet::new(), lost: watch, confirmed: Arc::new(AtomicBool::new(false)) };
+        let mut leases = Leases { tasks: JoinSet::new(), confirmed: Arc::new(AtomicBool::new(false)) };
         for proxy in &self.proxies {
             let renewer = Renewer {
                 proxy: proxy.clone(),
@@ -253,7 +289,7 @@ impl Fleet {
                 // A lease that was not renewed for this long may be over before the next attempt is.
                 limit: lease.duration().saturating_sub(every),
                 confirmed: leases.confirmed.clone(),
-                lost: lost.clone(),
+                lost: self.lost.clone(),
             };
             leases.tasks.spawn(renewer.run());
         }
@@ -275,7 +311,6 @@ fn all<T>(results: Vec<Result<T, ProxyError>>) -> Result<Vec<T>, ProxyErrors> {
 /// The leases of a paused fleet. Dropping it ends the renewing, and so, in time, the leases.
 pub struct Leases {
     tasks: JoinSet<()>,
-    lost: watch::Receiver<Option<ProxyError>>,
     confirmed: Arc<AtomicBool>,
 }
 
@@ -283,25 +318,6 @@ impl Leases {
     /// Every PAUSE was answered: from here on a refused RENEW means that a lease is lost.
     pub fn confirm(&self) {
         self.confirmed.store(true, Ordering::Release);
-    }
-
-    /// The first lease that was lost so far.
-    pub fn lost_one(&self) -> Option<ProxyError> {
-        self.lost.borrow().clone()
-    }
-
-    /// Waits until a lease is lost; for ever if none is (whoever holds the leases ends the wait). Cancel safe.
-    pub async fn loss(&self) -> ProxyError {
-        let mut lost = self.lost.clone();
-        loop {
-            if let Some(error) = lost.borrow_and_update().clone() {
-                return error;
-            }
-            if lost.changed().await.is_err() {
-                // Every renewer has ended without a loss: nothing more can come.
-                std::future::pending::<()>().await;
-            }
-        }
     }
 
     /// Stops renewing, once what is under way is answered or given up.

@@ -1,0 +1,122 @@
+//! What may be typed, and what it says when `--help` is.
+//!
+//! Invariant: help, checks and completions come from the one definition below; every error ends in an exit code of `Exit`.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use crate::commands;
+use crate::commands::Context;
+use crate::config::{Config, ConfigError};
+use crate::printer::{Exit, Output, Printer};
+
+/// Moves a database to another PostgreSQL server while its clients keep their connections.
+#[derive(Debug, Parser)]
+#[command(name = "proxyctl", version, after_help = Exit::help(), max_term_width = 110)]
+pub struct Cli {
+    /// The description of the cutover.
+    #[arg(short, long, global = true, value_name = "FILE", default_value = "cutover.toml", env = "PROXYCTL_CONFIG")]
+    config: PathBuf,
+    /// The form of stdout.
+    #[arg(long, global = true, value_enum, default_value_t)]
+    output: Output,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// How gates, servers and replication stand.
+    Status,
+    /// Look for everything that would make a cutover fail; change nothing.
+    Preflight,
+    /// The steps of a cutover, their order and what happens when one fails.
+    Plan,
+    /// Hold the clients of every proxy.
+    Pause(commands::pause::Pause),
+    /// Route every proxy to the target, by a recorded decision or by force.
+    Switch(commands::switch::Switch),
+    /// Let the clients of every proxy go.
+    Resume(commands::resume::Resume),
+    /// Decide the open epoch as aborted, open the fence, resume on the source.
+    Abort,
+    /// The cutover: from the first check to clients on the target.
+    Cutover(commands::cutover::Cutover),
+    /// Build the report of a run from its journal.
+    Report(commands::report::Report),
+    /// Our tables and gates in the databases: print, install or remove them.
+    Objects(commands::objects::Objects),
+    /// Completions for a shell.
+    Completions(commands::completions::Completions),
+}
+
+/// Parses, does, tells.
+pub async fn run(typed: impl IntoIterator<Item = OsString>) -> Exit {
+    let cli = match Cli::try_parse_from(typed) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // clap knows which of help and error goes where.
+            let _ = error.print();
+            return if error.use_stderr() { Exit::Usage } else { Exit::Done };
+        }
+    };
+    let filter = EnvFilter::try_from_env("PROXYCTL_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let printer = Printer::new(cli.output);
+    match perform(cli, printer).await {
+        Ok(exit) => exit,
+        Err(error) => {
+            printer.talk(format_args!("proxyctl: {error:#}"));
+            if error.is::<ConfigError>() { Exit::Usage } else { Exit::Unexpected }
+        }
+    }
+}
+
+async fn perform(cli: Cli, printer: Printer) -> anyhow::Result<Exit> {
+    let context = || Ok::<_, ConfigError>(Context { config: Config::load(&cli.config)?, printer });
+    match cli.verb {
+        Verb::Plan => commands::plan::run(printer),
+        Verb::Completions(completions) => completions.run(&mut Cli::command(), printer),
+        Verb::Objects(objects) if objects.only_prints() => objects.print(printer),
+        Verb::Status => commands::status::run(&context()?).await,
+        Verb::Preflight => commands::preflight::run(&context()?).await,
+        Verb::Pause(pause) => pause.run(&context()?).await,
+        Verb::Switch(switch) => switch.run(&context()?).await,
+        Verb::Resume(resume) => resume.run(&context()?).await,
+        Verb::Abort => commands::abort::run(&context()?).await,
+        Verb::Cutover(cutover) => cutover.run(context()?).await,
+        Verb::Report(report) => report.run(&context()?),
+        Verb::Objects(objects) => objects.run(&context()?).await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound_and_help_tells_the_exit_codes() {
+        Cli::command().debug_assert();
+        let help = Cli::command().render_long_help().to_string();
+        for exit in Exit::ALL {
+            assert!(help.contains(exit.meaning()), "{help}");
+        }
+    }
+
+    #[test]
+    fn a_claim_needs_both_run_and_epoch_and_force_excludes_them() {
+        let run = "8a6f0c1e-6a53-4a0e-9d0e-3a6b1c2d4e5f";
+        let parses = |line: &str| Cli::try_parse_from(line.split(' ')).is_ok();
+        assert!(parses(&format!("proxyctl resume --run {run} --epoch 7")));
+        assert!(!parses(&format!("proxyctl resume --run {run}")));
+        assert!(!parses(&format!("proxyctl resume --run {run} --epoch 7 --force")));
+        assert!(!parses("proxyctl switch"));
+        assert!(parses("proxyctl switch --force"));
+        assert!(parses("proxyctl cutover --stop-at before:fenced"));
+        assert!(!parses("proxyctl cutover --stop-at fenced"));
+    }
+}

@@ -1,0 +1,110 @@
+//! `proxyctl cutover`: the whole of it.
+//!
+//! Invariant: whatever happens after the journal is there, a report is printed and written.
+
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::Args;
+use pgcutover_api::epoch::RunId;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use crate::clusters::Clusters;
+use crate::commands::Context;
+use crate::engine::{Engine, StopAt};
+use crate::journal::Journal;
+use crate::printer::{Exit, Printer};
+use crate::proxies::Fleet;
+use crate::report::samples::Samples;
+use crate::report::{Report, html};
+use crate::state::Ending;
+use crate::steps::{Scene, paused};
+
+/// How.
+#[derive(Debug, Args)]
+pub struct Cutover {
+    /// Write the HTML page there (default: beside the journal).
+    #[arg(long, value_name = "FILE.html")]
+    report: Option<PathBuf>,
+    /// What clients saw, read when the run is over: lines of client,at_us,stall_us.
+    #[arg(long, value_name = "FILE")]
+    clients: Option<PathBuf>,
+    /// Kill this process before or after a step, for tests of what is left behind.
+    #[arg(long, value_name = "before|after:STEP", hide = true)]
+    stop_at: Option<StopAt>,
+}
+
+impl Cutover {
+    /// Cuts over.
+    pub async fn run(self, context: Context) -> anyhow::Result<Exit> {
+        let printer = context.printer;
+        let scene = scene(context).await?;
+        let journal = scene.journal.path().to_owned();
+        printer.talk(format_args!("run {}, journal {}", scene.run, journal.display()));
+        let mut engine = Engine::new(scene, printer.progress(), interrupt(printer)?, self.stop_at);
+        let ended = engine.run().await;
+        let Engine { scene, progress, .. } = engine;
+        drop(progress);
+        let mut report = Report::fold(&journal, scene.journal.records(), scene.journal.state());
+        let page = self.report.unwrap_or_else(|| journal.with_extension("html"));
+        let samples = self.clients.as_deref().map(Samples::load).transpose();
+        match samples
+            .map_err(anyhow::Error::from)
+            .and_then(|samples| Ok(html::write(&page, &report, &samples.unwrap_or_default())?))
+        {
+            Ok(()) => report.report_html = Some(page),
+            // The cutover is what counts: a page that cannot be written is told.
+            Err(error) => printer.talk(format_args!("proxyctl: no report page: {error:#}")),
+        }
+        printer.data(&report);
+        Ok(exit(ended.context("the journal could not be written: the run stands as reported")?))
+    }
+}
+
+async fn scene(context: Context) -> anyhow::Result<Scene> {
+    let config = context.config;
+    let run = RunId::random();
+    let clusters = Clusters::connect(&config.source.endpoint, &config.target.endpoint).await?;
+    let fleet = Fleet::connect(&config.proxies).await?;
+    let journal = Journal::create(&config.journal_dir, &config.database, run)?;
+    Ok(Scene {
+        database: paused::name(&config.database)?,
+        decider: clusters.source.another(),
+        config,
+        run,
+        clusters,
+        identities: None,
+        fleet,
+        journal,
+        claim: None,
+        open_is_unknown: false,
+        leases: None,
+        heartbeat: None,
+    })
+}
+
+/// Becomes true at Ctrl-C or SIGTERM: an orderly abort, as long as nothing is decided.
+fn interrupt(printer: Printer) -> std::io::Result<watch::Receiver<bool>> {
+    let (wanted, watch) = watch::channel(false);
+    let (mut int, mut term) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    // Ends with the process.
+    tokio::spawn(async move {
+        loop {
+            tokio::select! { _ = int.recv() => {}, _ = term.recv() => {} }
+            printer.talk("ending: an undecided cutover is aborted, a decided one is finished");
+            wanted.send_replace(true);
+        }
+    });
+    Ok(watch)
+}
+
+fn exit(ending: Ending) -> Exit {
+    match ending {
+        Ending::Committed => Exit::Done,
+        Ending::Refused => Exit::Refused,
+        Ending::Aborted => Exit::Aborted,
+        Ending::Unfinished => Exit::Unfinished,
+        Ending::Undecided => Exit::Undecided,
+    }
+}

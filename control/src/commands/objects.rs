@@ -1,0 +1,81 @@
+//! `proxyctl objects`: our tables and gates: print them, install them, remove the gates.
+//!
+//! Invariant: a gate that holds is never removed; the store itself stays, it is the memory of what was decided.
+
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use pgcutover_api::store;
+use serde::Serialize;
+
+use crate::clusters::{Clusters, Ungated};
+use crate::commands::Context;
+use crate::printer::{Exit, Printer};
+use crate::steps::{install, paused};
+
+/// Many tables, each with a lock to be had.
+const REMOVE: Duration = Duration::from_secs(60);
+
+/// What to do.
+#[derive(Debug, Args)]
+pub struct Objects {
+    /// What to do.
+    #[arg(value_enum, default_value_t)]
+    work: Work,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+enum Work {
+    /// Install our tables and functions on both servers, target first.
+    #[default]
+    Install,
+    /// Take the gates of this database off both servers.
+    Remove,
+    /// Print the SQL of the roles and the store, for reading or for running it by hand.
+    Sql,
+}
+
+#[derive(Serialize)]
+struct Done {
+    done: &'static str,
+    left: Vec<String>,
+}
+
+impl Objects {
+    /// Whether no configuration is needed.
+    pub fn only_prints(&self) -> bool {
+        self.work == Work::Sql
+    }
+
+    /// Prints the SQL.
+    pub fn print(&self, printer: Printer) -> anyhow::Result<Exit> {
+        printer.raw(&format!("{}\n{}", store::ROLES, store::OBJECTS));
+        Ok(Exit::Done)
+    }
+
+    /// Installs, target first, or removes.
+    pub async fn run(&self, context: &Context) -> anyhow::Result<Exit> {
+        let config = &context.config;
+        let clusters = Clusters::connect(&config.source.endpoint, &config.target.endpoint).await?;
+        let mut left: Vec<Ungated> = Vec::new();
+        if self.work == Work::Remove {
+            let database = paused::name(&config.database)?;
+            left.extend(clusters.source.disarm(&database, REMOVE).await?);
+            left.extend(clusters.target.disarm(&database, REMOVE).await?);
+        } else {
+            install::install(config, &clusters).await?;
+        }
+        let done = if self.work == Work::Remove { "gates removed" } else { "objects installed on target and source" };
+        let left: Vec<String> = left.iter().map(Ungated::to_string).collect();
+        let exit = if left.is_empty() { Exit::Done } else { Exit::Unfinished };
+        context.printer.data(&Done { done, left });
+        Ok(exit)
+    }
+}
+
+impl std::fmt::Display for Done {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        writeln!(f, "{}", self.done)?;
+        self.left.iter().try_for_each(|left| writeln!(f, "  left: {left}"))
+    }
+}

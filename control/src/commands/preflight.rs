@@ -1,0 +1,42 @@
+//! `proxyctl preflight`: everything that would make a cutover fail, without touching anything.
+//!
+//! Invariant: the same findings that `cutover` starts with.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::clusters::Clusters;
+use crate::commands::Context;
+use crate::finding::{Finding, Level};
+use crate::printer::Exit;
+use crate::proxies::Fleet;
+use crate::steps::inspection;
+
+#[derive(Serialize)]
+struct Findings {
+    level: Level,
+    findings: Vec<Finding>,
+}
+
+/// Looks and prints.
+pub async fn run(context: &Context) -> anyhow::Result<Exit> {
+    let config = &context.config;
+    let fleet = Fleet::connect(&config.proxies).await?;
+    let clusters = Clusters::connect(&config.source.endpoint, &config.target.endpoint).await?;
+    let mut findings = inspection::inspect(config, &clusters, &fleet).await?;
+    findings.sort_by_key(|finding| std::cmp::Reverse(finding.level));
+    let level = findings.first().map_or(Level::Green, |finding| finding.level);
+    context.printer.data(&Findings { level, findings });
+    Ok(if level == Level::Red { Exit::Refused } else { Exit::Done })
+}
+
+impl fmt::Display for Findings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for finding in &self.findings {
+            writeln!(f, "{finding}")?;
+        }
+        let red = self.findings.iter().filter(|finding| finding.level == Level::Red).count();
+        if red == 0 { write!(f, "nothing stands in the way") } else { write!(f, "{red} to fix before a cutover") }
+    }
+}

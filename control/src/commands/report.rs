@@ -1,0 +1,43 @@
+//! `proxyctl report RUN`: rebuilds a run's report from its journal.
+//!
+//! Invariant: reads the journal only; asks no server and no proxy.
+
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::Args;
+use pgcutover_api::epoch::RunId;
+
+use crate::commands::Context;
+use crate::journal;
+use crate::printer::Exit;
+use crate::report::samples::Samples;
+use crate::report::{self, html};
+
+/// Which run.
+#[derive(Debug, Args)]
+pub struct Report {
+    /// The run.
+    run: RunId,
+    /// Write the HTML page there (default: beside the journal).
+    #[arg(long, value_name = "FILE.html")]
+    report: Option<PathBuf>,
+    /// What clients saw: lines of client,at_us,stall_us.
+    #[arg(long, value_name = "FILE")]
+    clients: Option<PathBuf>,
+}
+
+impl Report {
+    /// Builds and prints it.
+    pub fn run(&self, context: &Context) -> anyhow::Result<Exit> {
+        let journal = journal::path(&context.config.journal_dir, self.run);
+        let replay = journal::read(&journal)?;
+        let samples = self.clients.as_deref().map(Samples::load).transpose()?.unwrap_or_default();
+        let page = self.report.clone().unwrap_or_else(|| journal.with_extension("html"));
+        let mut report = report::Report::fold(&journal, &replay.records, &replay.state);
+        html::write(&page, &report, &samples).with_context(|| page.display().to_string())?;
+        report.report_html = Some(page);
+        context.printer.data(&report);
+        Ok(Exit::Done)
+    }
+}

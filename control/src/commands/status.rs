@@ -1,0 +1,187 @@
+//! `proxyctl status`: gates, servers, decisions and lag as they are now.
+//!
+//! Invariant: reads only; what cannot be reached is told and hides nothing else.
+
+use std::fmt;
+
+use pgcutover_api::rows::GateRow;
+use pgcutover_api::store::{GateForm, Name};
+use serde::Serialize;
+
+use crate::clusters::{Cluster, ClusterError, Role};
+use crate::commands::Context;
+use crate::config::Side;
+use crate::printer::Exit;
+use crate::proxies::Fleet;
+use crate::steps::{STEP_DEADLINE, armed, paused};
+
+#[derive(Serialize)]
+struct Status {
+    database: String,
+    servers: Vec<Server>,
+    proxies: Vec<Gate>,
+    subscriptions: Vec<Subscription>,
+}
+
+#[derive(Serialize, Default)]
+struct Server {
+    role: String,
+    backend: String,
+    address: String,
+    error: Option<String>,
+    version: Option<String>,
+    open_epoch: Option<String>,
+    last_decision: Option<String>,
+    gate: Option<String>,
+}
+
+#[derive(Serialize, Default)]
+struct Gate {
+    proxy: String,
+    error: Option<String>,
+    state: Option<String>,
+    owner: Option<String>,
+    backend: Option<String>,
+    route_epoch: Option<u64>,
+    held_clients: Option<u32>,
+    open_transactions: Option<u32>,
+    lease_ms: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct Subscription {
+    name: String,
+    enabled: bool,
+    lag_bytes: Option<i64>,
+}
+
+/// Asks everybody at the same time and prints.
+pub async fn run(context: &Context) -> anyhow::Result<Exit> {
+    let config = &context.config;
+    let database = paused::name(&config.database)?;
+    let source = Cluster::new(Role::Source, &config.source.endpoint);
+    let target = Cluster::new(Role::Target, &config.target.endpoint);
+    let (source_again, target_again) = (source.another(), target.another());
+    let (of_source, of_target, proxies, subscriptions) = tokio::join!(
+        server(&source, &config.source, &database),
+        server(&target, &config.target, &database),
+        gates(context),
+        lag(context, &source_again, &target_again),
+    );
+    let whole =
+        of_source.error.is_none() && of_target.error.is_none() && proxies.iter().all(|gate| gate.error.is_none());
+    let servers = vec![of_source, of_target];
+    context.printer.data(&Status { database: config.database.clone(), servers, proxies, subscriptions });
+    Ok(if whole { Exit::Done } else { Exit::Unexpected })
+}
+
+async fn server(cluster: &Cluster, side: &Side, database: &Name) -> Server {
+    let mut server = Server {
+        role: cluster.role().to_string(),
+        backend: side.backend.clone(),
+        address: side.endpoint.describe(),
+        ..Server::default()
+    };
+    if let Err(error) = look(cluster, database, &mut server).await {
+        server.error = Some(error.to_string());
+    }
+    server
+}
+
+async fn look(cluster: &Cluster, database: &Name, server: &mut Server) -> Result<(), ClusterError> {
+    server.version = Some(armed::version(cluster.identity(STEP_DEADLINE).await?.version_num));
+    if !cluster.installed(STEP_DEADLINE).await? {
+        return Ok(());
+    }
+    let view = cluster.view(database, STEP_DEADLINE).await?;
+    server.open_epoch = view.open.map(|open| format!("{} of run {} to {}", open.epoch, open.run, open.target));
+    server.last_decision = view.last.map(|last| format!("{} of epoch {} to {}", last.outcome, last.epoch, last.target));
+    let gates = cluster.gates(STEP_DEADLINE).await?;
+    let gate = gates.iter().find(|gate| gate.db == database.as_str());
+    server.gate = gate.map(|gate| match gate.form {
+        Some(GateForm::Open) => "open".to_owned(),
+        Some(GateForm::Fenced) => format!("fenced by epoch {}", gate.epoch),
+        Some(GateForm::Target) => format!("shut until evidence of epoch {}", gate.epoch),
+        None => "not one of ours".to_owned(),
+    });
+    Ok(())
+}
+
+async fn gates(context: &Context) -> Vec<Gate> {
+    let (fleet, unreached) = Fleet::connect_some(&context.config.proxies).await;
+    let database = &context.config.database;
+    let answers = fleet.each(|proxy| proxy.gate(database)).await;
+    let reached = answers.into_iter().map(|(proxy, answer)| match answer {
+        Ok(row) => gate(proxy, row),
+        Err(error) => Gate { proxy: proxy.to_owned(), error: Some(error.message), ..Gate::default() },
+    });
+    let unreached = unreached.into_iter();
+    let unreached = unreached.map(|error| Gate { proxy: error.proxy, error: Some(error.message), ..Gate::default() });
+    reached.chain(unreached).collect()
+}
+
+fn gate(proxy: &str, row: GateRow) -> Gate {
+    Gate {
+        proxy: proxy.to_owned(),
+        error: None,
+        state: Some(row.state.to_string()),
+        owner: Some(row.owner).filter(|owner| !owner.is_empty()),
+        backend: Some(row.backend),
+        route_epoch: Some(row.route_epoch.as_u64()),
+        held_clients: Some(row.held_clients),
+        open_transactions: Some(row.open_transactions),
+        lease_ms: row.lease_ms.and_then(|lease| u64::try_from(lease.as_millis()).ok()),
+    }
+}
+
+async fn lag(context: &Context, source: &Cluster, target: &Cluster) -> Vec<Subscription> {
+    let named = &context.config.replication.subscriptions;
+    let Ok(subscriptions) = target.subscriptions(named, STEP_DEADLINE).await else { return Vec::new() };
+    let slots = source.slots(&subscriptions, STEP_DEADLINE).await.unwrap_or_default();
+    let line = |subscription: crate::clusters::Subscription| {
+        let slot = slots.iter().find(|slot| Some(&slot.name) == subscription.slot.as_ref());
+        let lag_bytes = slot.and_then(|slot| slot.lag.applied_bytes);
+        Subscription { lag_bytes, enabled: subscription.is_enabled, name: subscription.name }
+    };
+    subscriptions.into_iter().map(line).collect()
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let none = "-";
+        writeln!(f, "database {}", self.database)?;
+        for server in &self.servers {
+            let version = server.version.as_deref().unwrap_or(none);
+            writeln!(f, "{} {} ({}) PostgreSQL {version}", server.role, server.backend, server.address)?;
+            for (name, value) in [
+                ("gate", &server.gate),
+                ("open epoch", &server.open_epoch),
+                ("last decision", &server.last_decision),
+                ("ERROR", &server.error),
+            ] {
+                value.iter().try_for_each(|value| writeln!(f, "  {name}: {value}"))?;
+            }
+        }
+        for gate in &self.proxies {
+            match (&gate.error, &gate.state) {
+                (Some(error), _) => writeln!(f, "proxy {}: ERROR: {error}", gate.proxy)?,
+                (None, state) => writeln!(
+                    f,
+                    "proxy {}: {}, routes to {} (epoch {}), {} held, {} open transactions",
+                    gate.proxy,
+                    state.as_deref().unwrap_or(none),
+                    gate.backend.as_deref().unwrap_or(none),
+                    gate.route_epoch.unwrap_or_default(),
+                    gate.held_clients.unwrap_or_default(),
+                    gate.open_transactions.unwrap_or_default()
+                )?,
+            }
+        }
+        for subscription in &self.subscriptions {
+            let enabled = if subscription.enabled { "enabled" } else { "DISABLED" };
+            let lag = subscription.lag_bytes.map_or("unknown".to_owned(), |lag_bytes| format!("{lag_bytes} bytes"));
+            writeln!(f, "subscription {}: {enabled}, lag {lag}", subscription.name)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,13 @@
+//! Whether a cutover would work, before anything is touched: facts are gathered, then judged.
+//!
+//! Invariant: gathering changes nothing that outlives it (what is tried is tried in a transaction that is rolled back);
+//! judging is pure. What our login may not see is red, never green.
+
+mod checks;
+mod facts;
+
+pub use crate::preflight::checks::checks;
+pub use crate::preflight::facts::{
+    Attempt, ClusterFacts, Control, Facts, Inquiry, Limits, LoginRole, LoginVerdict, ProxyBackend, ProxyFacts,
+    ReplicationFacts, Session, StoreFacts, Verdict, Verifiers, gather,
+};

@@ -1,0 +1,63 @@
+//! Facts in, findings out: what would stop a cutover, what is worth knowing, what was found right.
+//!
+//! Invariant: pure; every check answers with at least one finding, and a red one names an object and a fix.
+
+mod data;
+mod people;
+mod replication;
+mod servers;
+
+use crate::finding::Finding;
+use crate::preflight::facts::Facts;
+
+/// Every check, in the order in which they are read.
+pub fn checks(facts: &Facts) -> Vec<Finding> {
+    const ALL: &[fn(&Facts) -> Vec<Finding>] = &[
+        servers::versions,
+        servers::identity,
+        servers::wal_level,
+        servers::route_name,
+        servers::clock_skew,
+        servers::synchronous_standby,
+        servers::replication_slots,
+        servers::own_rights,
+        servers::event_trigger,
+        servers::store,
+        servers::target_gate,
+        replication::subscriptions,
+        replication::slots,
+        replication::publication,
+        replication::lag,
+        data::table_rights,
+        data::replica_identity,
+        data::unreplicated,
+        data::large_objects,
+        data::sequences,
+        data::target_triggers,
+        data::type_oids,
+        people::old_transactions,
+        people::prepared_transactions,
+        people::verifiers,
+        people::bypass,
+        people::proxies,
+        people::members,
+    ];
+    ALL.iter().flat_map(|check| check(facts)).collect()
+}
+
+/// The findings, or one that says that all is well.
+fn or_green(check: &str, object: &str, well: &str, found: Vec<Finding>) -> Vec<Finding> {
+    if found.is_empty() { vec![Finding::green(check, object, well)] } else { found }
+}
+
+/// Up to five names, and how many more.
+fn some<T: AsRef<str>>(names: &[T]) -> String {
+    let shown: Vec<&str> = names.iter().take(5).map(T::as_ref).collect();
+    match names.len().saturating_sub(shown.len()) {
+        0 => shown.join(", "),
+        more => format!("{} and {more} more", shown.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests;

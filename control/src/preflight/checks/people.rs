@@ -1,0 +1,151 @@
+//! Checks of who is connected and who may be: transactions, logins, proxies.
+//!
+//! Invariant: pure; a verifier that can't be compared is red unless a login through every proxy has proved it.
+
+use crate::finding::Finding;
+use crate::preflight::checks::or_green;
+use crate::preflight::facts::{ClusterFacts, Control, Facts, LoginRole, Session, Verdict, Verifiers};
+
+/// A member that has not been seen for so long is gone: it writes once a second.
+const MEMBER_GONE_MS: u64 = 10_000;
+
+pub(super) fn old_transactions(facts: &Facts) -> Vec<Finding> {
+    const CHECK: &str = "old_transactions";
+    let limit = i64::try_from(facts.limits.transaction_age_max.as_millis()).unwrap_or(i64::MAX);
+    let old = |cluster: &ClusterFacts| -> Vec<Session> {
+        let counts = |s: &&Session| s.backend_type.as_deref() != Some("walsender") && s.transaction_age_ms > Some(limit);
+        cluster.sessions.iter().filter(counts).cloned().collect()
+    };
+    let mut found = Vec::new();
+    for session in old(&facts.source) {
+        let fix = format!("Wait for it, or SELECT pg_terminate_backend({}); on the source.", session.pid);
+        found.push(Finding::red(CHECK, format!("source {}", who(&session)), age(&session), fix));
+    }
+    for session in old(&facts.target) {
+        let object = format!("target {}", who(&session));
+        let fix = format!("Wait for it, or SELECT pg_terminate_backend({}); on the target.", session.pid);
+        // Creating a slot waits for every running transaction; nothing else on the target does.
+        let level: fn(&str, String, String, String) -> Finding = if facts.limits.way_back { Finding::red } else { Finding::yellow };
+        found.push(level(CHECK, object, age(&session), fix));
+    }
+    or_green(CHECK, facts.db.as_str(), &format!("none older than {limit} ms"), found)
+}
+
+fn age(session: &Session) -> String {
+    format!("its transaction is {} ms old", session.transaction_age_ms.unwrap_or_default())
+}
+
+fn who(session: &Session) -> String {
+    let application = session.application.as_deref().filter(|name| !name.is_empty());
+    let address = session.address.as_deref().unwrap_or("local socket");
+    match application {
+        Some(application) => format!("pid {} ({}, {application}, {address})", session.pid, session.user),
+        None => format!("pid {} ({}, {address})", session.pid, session.user),
+    }
+}
+
+pub(super) fn prepared_transactions(facts: &Facts) -> Vec<Finding> {
+    const CHECK: &str = "prepared_transactions";
+    let mut found = Vec::new();
+    for (side, cluster) in [("source", &facts.source), ("target", &facts.target)] {
+        for prepared in &cluster.prepared {
+            let object = format!("{side} transaction '{}'", prepared.gid);
+            let problem = format!("was prepared by {} {} ms ago; it passes every fence", prepared.owner, prepared.age_ms);
+            let fix = format!("COMMIT PREPARED or ROLLBACK PREPARED '{}'; on the {side}.", prepared.gid);
+            found.push(Finding::red(CHECK, object, problem, fix));
+        }
+    }
+    or_green(CHECK, facts.db.as_str(), "none", found)
+}
+
+pub(super) fn verifiers(facts: &Facts) -> Vec<Finding> {
+    const CHECK: &str = "verifiers";
+    let own = [&facts.source.login, &facts.target.login];
+    let users = facts.source.logins.iter().filter(|role| !own.contains(&&role.name));
+    let found: Vec<Finding> = users.filter_map(|role| verifier_of(facts, role, CHECK)).collect();
+    or_green(CHECK, "target", "every login of the source works on the target", found)
+}
+
+fn verifier_of(facts: &Facts, role: &LoginRole, check: &str) -> Option<Finding> {
+    let object = format!("role {}", role.name);
+    let verdicts: Vec<&Verdict> =
+        facts.proxies.iter().flat_map(|p| &p.logins).filter(|l| l.user == role.name).map(|l| &l.verdict).collect();
+    let refused = verdicts.iter().find_map(|verdict| match verdict {
+        Verdict::Refused(words) => Some(words),
+        Verdict::In | Verdict::Unknown => None,
+    });
+    if let Some(words) = refused {
+        let fix = "Give it on the target the password verifier, rights and CONNECT that it has on the source.";
+        return Some(Finding::red(check, object, format!("the target refused its login through a proxy: {words}"), fix));
+    }
+    let Some(there) = facts.target.logins.iter().find(|other| other.name == role.name) else {
+        let fix = format!("CREATE ROLE \"{}\" LOGIN on the target, with the verifier of the source, and GRANT CONNECT.", role.name);
+        return Some(worst_for(role, seen(&verdicts))(check, object.into(), "may not log in to the target".into(), fix.into()));
+    };
+    // The proxies log in themselves as this one, with a password of their own configuration.
+    if seen(&verdicts) || role.name == facts.limits.proxy_role {
+        return None;
+    }
+    if facts.source.verifiers == Verifiers::Hidden || facts.target.verifiers == Verifiers::Hidden {
+        let fix = "GRANT SELECT (rolname, rolpassword) ON pg_authid to our login on both sides, or prove a login of this user \
+                   through every proxy (PREPARE SWITCH).";
+        return Some(Finding::red(check, object, "its password verifiers may not be compared", fix));
+    }
+    if role.verifier == there.verifier {
+        return None;
+    }
+    let fix = format!("ALTER ROLE \"{}\" PASSWORD '...' on the target, with rolpassword of the source verbatim.", role.name);
+    let problem = "its password verifier differs: logins through the proxy would be refused";
+    Some(worst_for(role, false)(check, object.into(), problem.into(), fix.into()))
+}
+
+/// Whether it was let in, by every proxy that tried.
+fn seen(verdicts: &[&Verdict]) -> bool {
+    !verdicts.is_empty() && verdicts.iter().all(|verdict| **verdict == Verdict::In)
+}
+
+type Make = fn(&str, String, String, String) -> Finding;
+
+/// A role that applications do not use is worth a word; any other stops the cutover.
+fn worst_for(role: &LoginRole, is_used: bool) -> Make {
+    if role.is_administrative && !is_used { Finding::yellow } else { Finding::red }
+}
+
+pub(super) fn bypass(facts: &Facts) -> Vec<Finding> {
+    const CHECK: &str = "bypass";
+    let through: Vec<i32> = facts.proxies.iter().flat_map(|proxy| proxy.server_pids.iter().copied()).collect();
+    let stranger = |session: &&Session| {
+        session.backend_type.as_deref() == Some("client backend")
+            && !through.contains(&session.pid)
+            && session.application.as_deref() != Some("proxyctl")
+            && session.user != facts.limits.proxy_role
+    };
+    let found = facts.source.sessions.iter().filter(stranger).map(|session| {
+        let problem = "is connected past the proxies: from the fence on its writes are refused";
+        Finding::yellow(CHECK, format!("source {}", who(session)), problem, "Point it at a proxy, if it writes or must move.")
+    });
+    or_green(CHECK, "source", "every client comes through a proxy", found.collect())
+}
+
+pub(super) fn proxies(facts: &Facts) -> Vec<Finding> {
+    const CHECK: &str = "proxies";
+    let bare = facts.proxies.iter().filter(|proxy| proxy.control == Control::Missing);
+    let found = bare.map(|proxy| {
+        let problem = "has no control login for the database: it could not follow the decision if we died";
+        let fix = format!("Set control_user and control_password of [databases.{}] there, and RELOAD.", facts.db);
+        Finding::red(CHECK, format!("proxy {}", proxy.name), problem, fix)
+    });
+    or_green(CHECK, facts.db.as_str(), &format!("{} with control logins", facts.proxies.len()), found.collect())
+}
+
+pub(super) fn members(facts: &Facts) -> Vec<Finding> {
+    const CHECK: &str = "members";
+    let known: Vec<&str> = facts.proxies.iter().filter_map(|proxy| proxy.instance.as_deref()).collect();
+    let living = facts.members.iter().filter(|member| member.seen_ms_ago < MEMBER_GONE_MS);
+    let found = living.filter(|member| !known.contains(&member.instance.as_str())).map(|member| {
+        let problem = format!("serves {} at {} and is not in our configuration", facts.db, member.address);
+        let object = format!("proxy instance {}", member.instance);
+        Finding::red(CHECK, object, problem, "Add it as [[proxies]], or stop it.")
+    });
+    or_green(CHECK, facts.db.as_str(), "every enrolled proxy is in our configuration", found.collect())
+}

@@ -1,0 +1,484 @@
+//! What preflight has to know, and how it is asked.
+//!
+//! Invariant: a right is proved by using it, in a transaction that is rolled back; never by reading a list of rights alone.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use pgcutover_api::store::{Gate, Identity, Member, Name, literal};
+use uuid::Uuid;
+
+use crate::clusters::{
+    BadCell, Cells, Cluster, ClusterError, Clusters, PreparedTransaction, PublishedTable, Sequence, SlotState, Subscription,
+    TableFacts, TableState,
+};
+
+/// What the caller wants to know, and what it knows already.
+#[derive(Debug, Clone)]
+pub struct Inquiry {
+    /// The route.
+    pub db: Name,
+    /// The subscriptions that must have caught up; empty means all of the target database.
+    pub subscriptions: Vec<String>,
+    /// What the proxies said.
+    pub proxies: Vec<ProxyFacts>,
+    /// What counts as too much.
+    pub limits: Limits,
+    /// How long one question may take.
+    pub limit: Duration,
+}
+
+/// What counts as too much, from the configuration.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Replication lag, bytes of WAL.
+    pub lag_bytes_max: u64,
+    /// Age of the oldest transaction.
+    pub transaction_age_max: Duration,
+    /// The gap for sequences.
+    pub gap: u32,
+    /// Whether a slot for the way back will be made.
+    pub way_back: bool,
+    /// The proxies' control login.
+    pub proxy_role: String,
+    /// The backend that has to be active on every proxy.
+    pub source_backend: String,
+}
+
+/// One proxy, as its console describes it; the caller asks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProxyFacts {
+    /// Its name in our configuration.
+    pub name: String,
+    /// Its instance name, if it said so.
+    pub instance: Option<String>,
+    /// SHOW GATES: whether it can read and record decisions.
+    pub control: Control,
+    /// SHOW SERVERS: the server processes (`remote_pid`) of its connections to the source.
+    pub server_pids: Vec<i32>,
+    /// SHOW BACKENDS.
+    pub backends: Vec<ProxyBackend>,
+    /// PREPARE SWITCH: who was let in on the target.
+    pub logins: Vec<LoginVerdict>,
+}
+
+/// Whether a proxy has a control login for the database.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Control {
+    /// It has.
+    Given,
+    /// It has not: it could not follow a decision by itself.
+    Missing,
+}
+
+/// One backend of a proxy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProxyBackend {
+    /// Its name.
+    pub name: String,
+    /// Whether it is the active one.
+    pub is_active: bool,
+    /// The server behind it, if the proxy has asked it.
+    pub system_identifier: Option<u64>,
+}
+
+/// Whether a user of a proxy's clients could log in to the target.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoginVerdict {
+    /// The user.
+    pub user: String,
+    /// What happened.
+    pub verdict: Verdict,
+}
+
+/// What the target said to a login through the proxy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// It was let in.
+    In,
+    /// It was refused, with the server's words.
+    Refused(String),
+    /// Nobody has tried.
+    Unknown,
+}
+
+/// Everything that is judged.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    /// The route.
+    pub db: Name,
+    /// The server that loses its clients.
+    pub source: ClusterFacts,
+    /// The server that gains them.
+    pub target: ClusterFacts,
+    /// What lies between them.
+    pub replication: ReplicationFacts,
+    /// The proxies we know.
+    pub proxies: Vec<ProxyFacts>,
+    /// The proxies that enrolled themselves on the source.
+    pub members: Vec<Member>,
+    /// What counts as too much.
+    pub limits: Limits,
+}
+
+/// Replication as both sides see it.
+#[derive(Debug, Clone, Default)]
+pub struct ReplicationFacts {
+    /// On the target.
+    pub subscriptions: Vec<Subscription>,
+    /// Names that the configuration asks for and the target lacks.
+    pub missing: Vec<String>,
+    /// On the target.
+    pub states: Vec<TableState>,
+    /// On the source.
+    pub published: Vec<PublishedTable>,
+    /// On the source.
+    pub slots: Vec<SlotState>,
+}
+
+/// One server.
+#[derive(Debug, Clone)]
+pub struct ClusterFacts {
+    /// Which server it is.
+    pub identity: Identity,
+    /// The server's own name of the database.
+    pub database: String,
+    /// Our login on it.
+    pub login: String,
+    /// `wal_level`.
+    pub wal_level: String,
+    /// `synchronous_standby_names`.
+    pub synchronous_standby_names: String,
+    /// `max_replication_slots`.
+    pub slots_max: u32,
+    /// Slots that exist.
+    pub slots_used: u32,
+    /// Large objects of the database.
+    pub large_objects: u64,
+    /// Its clock less ours, ms.
+    pub clock_ahead_ms: i64,
+    /// The user's tables.
+    pub tables: Vec<TableFacts>,
+    /// The user's sequences.
+    pub sequences: Vec<Sequence>,
+    /// Foreign tables.
+    pub foreign_tables: Vec<String>,
+    /// Materialized views.
+    pub materialized_views: Vec<String>,
+    /// Triggers that fire in apply workers too, as `schema.table trigger`.
+    pub replica_triggers: Vec<String>,
+    /// Sessions of the database.
+    pub sessions: Vec<Session>,
+    /// Prepared transactions of the database.
+    pub prepared: Vec<PreparedTransaction>,
+    /// The roles that may log in to the database.
+    pub logins: Vec<LoginRole>,
+    /// Whether their verifiers could be read.
+    pub verifiers: Verifiers,
+    /// User-defined types: name and oid.
+    pub types: Vec<(String, u32)>,
+    /// The decision store, if it is there.
+    pub store: Option<StoreFacts>,
+    /// What was tried.
+    pub attempts: Vec<Attempt>,
+}
+
+/// One session of the database.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Session {
+    /// Its server process.
+    pub pid: i32,
+    /// Its user.
+    pub user: String,
+    /// Its application name, if our login may see it.
+    pub application: Option<String>,
+    /// Its address; none for a Unix socket.
+    pub address: Option<String>,
+    /// `client backend`, `walsender` …; none if our login may not see it.
+    pub backend_type: Option<String>,
+    /// Age of its transaction, ms; none outside a transaction.
+    pub transaction_age_ms: Option<i64>,
+}
+
+/// A role that may log in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoginRole {
+    /// Its name.
+    pub name: String,
+    /// `pg_authid.rolpassword`; none if there is none, or if it could not be read.
+    pub verifier: Option<String>,
+    /// Whether it is a superuser or a replication login: one that applications hardly use.
+    pub is_administrative: bool,
+}
+
+/// Whether `pg_authid` could be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verifiers {
+    /// Yes.
+    Read,
+    /// No.
+    Hidden,
+}
+
+/// The decision store as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoreFacts {
+    /// Its owner, in whose name the gates act.
+    pub owner: String,
+    /// The missing part, if the owner lacks pg_read_all_stats or our login lacks the owner's rights.
+    pub lacks: Option<String>,
+    /// Its gates.
+    pub gates: Vec<Gate>,
+}
+
+/// One right, tried.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attempt {
+    /// Which right: `store`, `event_trigger`, `activity`, `slot`.
+    pub right: &'static str,
+    /// The server's words if it refused.
+    pub refusal: Option<String>,
+}
+
+/// Asks both servers. Each question has the inquiry's limit; an absent server is an error.
+pub async fn gather(clusters: &Clusters, inquiry: &Inquiry) -> Result<Facts, ClusterError> {
+    let limit = inquiry.limit;
+    let (source, target, replication) = tokio::try_join!(
+        cluster(&clusters.source, inquiry),
+        cluster(&clusters.target, inquiry),
+        replication(clusters, inquiry)
+    )?;
+    let members = if source.store.is_some() { clusters.source.members(&inquiry.db, limit).await? } else { Vec::new() };
+    Ok(Facts {
+        db: inquiry.db.clone(),
+        source,
+        target,
+        replication,
+        proxies: inquiry.proxies.clone(),
+        members,
+        limits: inquiry.limits.clone(),
+    })
+}
+
+async fn replication(clusters: &Clusters, inquiry: &Inquiry) -> Result<ReplicationFacts, ClusterError> {
+    let limit = inquiry.limit;
+    let subscriptions = clusters.target.subscriptions(&inquiry.subscriptions, limit).await?;
+    let there = |name: &String| subscriptions.iter().any(|s| s.name == *name);
+    let missing = inquiry.subscriptions.iter().filter(|name| !there(name)).cloned().collect();
+    let states = clusters.target.table_states(&subscriptions, limit).await?;
+    let published = clusters.source.published(&subscriptions, limit).await?;
+    let slots = clusters.source.slots(&subscriptions, limit).await?;
+    Ok(ReplicationFacts { subscriptions, missing, states, published, slots })
+}
+
+async fn cluster(cluster: &Cluster, inquiry: &Inquiry) -> Result<ClusterFacts, ClusterError> {
+    let limit = inquiry.limit;
+    let identity = cluster.identity(limit).await?;
+    let basics = basics(cluster, limit).await?;
+    let (logins, verifiers) = logins(cluster, limit).await?;
+    Ok(ClusterFacts {
+        identity,
+        database: basics.database,
+        login: basics.login,
+        wal_level: basics.wal_level,
+        synchronous_standby_names: basics.synchronous_standby_names,
+        slots_max: basics.slots_max,
+        slots_used: basics.slots_used,
+        large_objects: basics.large_objects,
+        clock_ahead_ms: basics.clock_ahead_ms,
+        tables: cluster.tables(&inquiry.db, limit).await?,
+        sequences: cluster.sequences(limit).await?,
+        foreign_tables: relations(cluster, 'f', limit).await?,
+        materialized_views: relations(cluster, 'm', limit).await?,
+        replica_triggers: cluster.list("triggers", REPLICA_TRIGGERS, limit, |row| row.text("name")).await?,
+        sessions: cluster.list("sessions", SESSIONS, limit, session).await?,
+        prepared: cluster.prepared_transactions(limit).await?,
+        logins,
+        verifiers,
+        types: cluster.list("types", TYPES, limit, |row| Ok((row.text("name")?, row.number("oid")?))).await?,
+        store: store(cluster, limit).await?,
+        attempts: attempts(cluster, inquiry).await?,
+    })
+}
+
+const BASICS: &str = "SELECT current_database() AS database, session_user AS login, \
+      current_setting('wal_level') AS wal_level, current_setting('synchronous_standby_names') AS standbys, \
+      current_setting('max_replication_slots') AS slots_max, (SELECT count(*) FROM pg_replication_slots) AS slots_used, \
+      (SELECT count(*) FROM pg_largeobject_metadata) AS large_objects, \
+      (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS now_ms";
+
+struct Basics {
+    database: String,
+    login: String,
+    wal_level: String,
+    synchronous_standby_names: String,
+    slots_max: u32,
+    slots_used: u32,
+    large_objects: u64,
+    clock_ahead_ms: i64,
+}
+
+async fn basics(cluster: &Cluster, limit: Duration) -> Result<Basics, ClusterError> {
+    let before_ms = now_ms();
+    let mut rows = cluster.list("settings", BASICS, limit, basics_row).await?;
+    // The server read its clock about half-way.
+    let here_ms = before_ms + (now_ms() - before_ms) / 2;
+    let mut basics = rows.pop().ok_or_else(|| ClusterError::Answer {
+        role: cluster.role(),
+        what: "settings",
+        problem: "no row came".to_owned(),
+    })?;
+    basics.clock_ahead_ms -= here_ms;
+    Ok(basics)
+}
+
+fn basics_row(row: &Cells<'_>) -> Result<Basics, BadCell> {
+    Ok(Basics {
+        database: row.text("database")?,
+        login: row.text("login")?,
+        wal_level: row.text("wal_level")?,
+        synchronous_standby_names: row.text("standbys")?,
+        slots_max: row.number("slots_max")?,
+        slots_used: row.number("slots_used")?,
+        large_objects: row.number("large_objects")?,
+        clock_ahead_ms: row.number("now_ms")?,
+    })
+}
+
+fn now_ms() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
+const REPLICA_TRIGGERS: &str = "SELECT n.nspname || '.' || c.relname || ' ' || t.tgname AS name FROM pg_trigger t \
+    JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace \
+    WHERE t.tgenabled IN ('A', 'R') AND NOT t.tgisinternal AND t.tgname NOT IN ('pgcutover_gate', 'pgcutover_local') ORDER BY 1";
+
+const SESSIONS: &str = "SELECT a.pid, coalesce(a.usename, '') AS usename, a.application_name, host(a.client_addr) AS client_addr, \
+      a.backend_type, (extract(epoch FROM clock_timestamp() - a.xact_start) * 1000)::bigint AS age_ms \
+    FROM pg_stat_activity a WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() ORDER BY a.pid";
+
+/// Types that a driver may have looked up by oid: not row types of tables, not arrays.
+const TYPES: &str = "SELECT n.nspname || '.' || t.typname AS name, t.oid FROM pg_type t \
+    JOIN pg_namespace n ON n.oid = t.typnamespace LEFT JOIN pg_class c ON c.oid = t.typrelid \
+    WHERE n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'pgcutover') \
+      AND (t.typtype IN ('b', 'e', 'd', 'r', 'm') AND t.typelem = 0 OR t.typtype = 'c' AND c.relkind = 'c') ORDER BY 1";
+
+async fn relations(cluster: &Cluster, kind: char, limit: Duration) -> Result<Vec<String>, ClusterError> {
+    let sql = format!(
+        "SELECT n.nspname || '.' || c.relname AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+         WHERE c.relkind = '{kind}' AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema' ORDER BY 1"
+    );
+    cluster.list("relations", &sql, limit, |row| row.text("name")).await
+}
+
+fn session(row: &Cells<'_>) -> Result<Session, BadCell> {
+    Ok(Session {
+        pid: row.number("pid")?,
+        user: row.text("usename")?,
+        application: row.maybe_text("application_name"),
+        address: row.maybe_text("client_addr"),
+        backend_type: row.maybe_text("backend_type"),
+        transaction_age_ms: row.maybe_number("age_ms")?,
+    })
+}
+
+async fn logins(cluster: &Cluster, limit: Duration) -> Result<(Vec<LoginRole>, Verifiers), ClusterError> {
+    const READABLE: &str = "SELECT has_column_privilege('pg_authid', 'rolname', 'SELECT') \
+        AND has_column_privilege('pg_authid', 'rolpassword', 'SELECT') AS readable";
+    let readable = cluster.list("rights on pg_authid", READABLE, limit, |row| row.flag("readable")).await?;
+    let (verifier, from, verifiers) = if readable == [true] {
+        ("a.rolpassword", "JOIN pg_authid a ON a.rolname = r.rolname", Verifiers::Read)
+    } else {
+        ("NULL", "", Verifiers::Hidden)
+    };
+    let sql = format!(
+        "SELECT r.rolname, {verifier} AS verifier, r.rolsuper OR r.rolreplication AS administrative FROM pg_roles r {from} \
+         WHERE r.rolcanlogin AND has_database_privilege(r.rolname, current_database(), 'CONNECT') ORDER BY 1"
+    );
+    let logins = cluster.list("logins", &sql, limit, |row| {
+        Ok(LoginRole {
+            name: row.text("rolname")?,
+            verifier: row.maybe_text("verifier"),
+            is_administrative: row.flag("administrative")?,
+        })
+    });
+    Ok((logins.await?, verifiers))
+}
+
+async fn store(cluster: &Cluster, limit: Duration) -> Result<Option<StoreFacts>, ClusterError> {
+    const OWNER: &str = "SELECT pg_get_userbyid(c.relowner) AS owner, pg_has_role(c.relowner, 'USAGE') AS ours, \
+          (SELECT r.rolsuper FROM pg_roles r WHERE r.oid = c.relowner) \
+            OR pg_has_role(c.relowner, 'pg_read_all_stats', 'USAGE') AS reads \
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = 'pgcutover' AND c.relname = 'state'";
+    if !cluster.installed(limit).await? {
+        return Ok(None);
+    }
+    let rows = cluster.list("owner of the store", OWNER, limit, |row| {
+        let owner = row.text("owner")?;
+        let lacks = match (row.flag("ours")?, row.flag("reads")?) {
+            (false, _) => Some(format!("our login has not the rights of its owner {owner}")),
+            (true, false) => Some(format!("its owner {owner} has not pg_read_all_stats: its gates would stop apply workers")),
+            (true, true) => None,
+        };
+        Ok((owner, lacks))
+    });
+    let Some((owner, lacks)) = rows.await?.pop() else { return Ok(None) };
+    // The gates view belongs to the owner too; without its rights there is nothing more to see.
+    let gates = if lacks.is_none() { cluster.gates(limit).await? } else { Vec::new() };
+    Ok(Some(StoreFacts { owner, lacks, gates }))
+}
+
+async fn attempts(cluster: &Cluster, inquiry: &Inquiry) -> Result<Vec<Attempt>, ClusterError> {
+    let scratch = format!("pgcutover_probe_{}", Uuid::new_v4().simple());
+    let limit = inquiry.limit;
+    let mut attempts = vec![
+        attempt(cluster, "store", &scratch_store(&scratch), limit).await?,
+        attempt(cluster, "event_trigger", &scratch_event_trigger(&scratch), limit).await?,
+        attempt(cluster, "activity", ACTIVITY, limit).await?,
+    ];
+    if inquiry.limits.way_back {
+        attempts.push(attempt(cluster, "slot", &scratch_slot(&scratch), limit).await?);
+    }
+    Ok(attempts)
+}
+
+async fn attempt(cluster: &Cluster, right: &'static str, sql: &str, limit: Duration) -> Result<Attempt, ClusterError> {
+    match cluster.ask(right, sql, limit).await {
+        Ok(_) => Ok(Attempt { right, refusal: None }),
+        Err(ClusterError::Refused { message, sqlstate, .. }) => {
+            Ok(Attempt { right, refusal: Some(format!("{message} [{sqlstate}]")) })
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// The gate's trigger checked as the gate is used: an always-on statement trigger whose function is replaced.
+fn scratch_store(schema: &str) -> String {
+    format!(
+        "BEGIN; SET LOCAL lock_timeout = 500; CREATE SCHEMA {schema}; CREATE TABLE {schema}.t (a int PRIMARY KEY); \
+         CREATE FUNCTION {schema}.gate() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'; \
+         CREATE TRIGGER gate BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON {schema}.t \
+         FOR EACH STATEMENT EXECUTE FUNCTION {schema}.gate(); ALTER TABLE {schema}.t ENABLE ALWAYS TRIGGER gate; \
+         CREATE OR REPLACE FUNCTION {schema}.gate() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER \
+         SET search_path = pg_catalog AS 'BEGIN RETURN NULL; END'; INSERT INTO {schema}.t VALUES (1); ROLLBACK"
+    )
+}
+
+fn scratch_event_trigger(name: &str) -> String {
+    format!(
+        "BEGIN; SET LOCAL lock_timeout = 500; CREATE SCHEMA {name}; \
+         CREATE FUNCTION {name}.ddl() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN RETURN; END'; \
+         CREATE EVENT TRIGGER {name} ON ddl_command_start EXECUTE FUNCTION {name}.ddl(); \
+         ALTER EVENT TRIGGER {name} ENABLE ALWAYS; ROLLBACK"
+    )
+}
+
+/// Auxiliary processes belong to nobody: their kind is shown only to those who may see everyone's.
+const ACTIVITY: &str = "DO 'BEGIN IF EXISTS (SELECT FROM pg_stat_activity a WHERE a.backend_type IS NULL) THEN \
+    RAISE EXCEPTION USING ERRCODE = ''42501'', MESSAGE = ''the kind of other roles'''' sessions is hidden''; END IF; END'";
+
+/// A temporary physical slot proves the right and the room, and waits for nobody.
+fn scratch_slot(name: &str) -> String {
+    let name = literal(name);
+    format!("SELECT pg_create_physical_replication_slot({name}, false, true); SELECT pg_drop_replication_slot({name})")
+}

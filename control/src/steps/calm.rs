@@ -1,0 +1,129 @@
+//! S1: nothing would make the pause long: lag, old transactions, tied sessions, the way of a heartbeat.
+//!
+//! Invariant: no client is held; a run that is not calm in time ends here and nothing has happened.
+
+use std::time::Duration;
+
+use crate::clusters::{BadCell, Cells};
+use crate::finding::Finding;
+use crate::state::Facts;
+use crate::steps::{STEP_DEADLINE, Scene, StepError, transplanted};
+
+/// How long calm is waited for.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+/// Between two looks.
+const LOOK: Duration = Duration::from_millis(100);
+/// Beats that must have arrived before they predict anything.
+const BEATS: usize = 5;
+/// Flip, barrier, sequences, checks and decision on two servers nearby, measured: 20 to 60 ms.
+const FIXED: Duration = Duration::from_millis(50);
+
+/// Transactions of clients, oldest first; a drain would wait for each of them.
+const OLD: &str = "SELECT a.pid, coalesce(a.usename, '') || coalesce(', ' || a.application_name, '') AS who, \
+      coalesce(left(a.query, 120), '') AS query, (extract(epoch FROM clock_timestamp() - a.xact_start) * 1000)::bigint AS age_ms \
+    FROM pg_stat_activity a WHERE a.datname = current_database() AND a.xact_start IS NOT NULL AND a.pid <> pg_backend_pid() \
+      AND coalesce(a.backend_type, 'client backend') = 'client backend' ORDER BY a.xact_start LIMIT 20";
+
+struct Old {
+    pid: i32,
+    who: String,
+    query: String,
+    age_ms: i64,
+}
+
+fn old(row: &Cells<'_>) -> Result<Old, BadCell> {
+    Ok(Old { pid: row.number("pid")?, who: row.text("who")?, query: row.text("query")?, age_ms: row.number("age_ms")? })
+}
+
+/// Waits for calm.
+pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
+    let until = tokio::time::Instant::now() + PATIENCE;
+    transplanted::verify(scene).await?;
+    loop {
+        let (facts, storms) = look(scene).await?;
+        if storms.is_empty() {
+            return Ok(facts);
+        }
+        if tokio::time::Instant::now() >= until {
+            return Err(StepError::found(format!("not calm within {PATIENCE:?}"), storms));
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+async fn look(scene: &Scene) -> Result<(Facts, Vec<Finding>), StepError> {
+    let mut storms = Vec::new();
+    let lag_bytes = lag(scene, &mut storms).await?;
+    let age_ms = old_transactions(scene, &mut storms).await?;
+    let predicted_ms = predicted(scene, &mut storms);
+    let facts = Facts::new().with("lag_bytes", lag_bytes).with("transaction_age_ms_max", age_ms);
+    Ok((facts.with("predicted_stall_ms", predicted_ms), storms))
+}
+
+async fn lag(scene: &Scene, storms: &mut Vec<Finding>) -> Result<i64, StepError> {
+    let subscriptions = scene.subscriptions().await?;
+    let slots = scene.clusters.source.slots(&subscriptions, STEP_DEADLINE).await?;
+    let max = scene.config.budgets.lag_bytes_max;
+    let mut worst = 0;
+    for subscription in &subscriptions {
+        let slot = slots.iter().find(|slot| Some(&slot.name) == subscription.slot.as_ref());
+        let Some(lag_bytes) = slot.and_then(|slot| slot.lag.applied_bytes) else {
+            let fix = "see the target's log: the subscription is disabled, its worker fails, or the slot is gone";
+            storms.push(Finding::red("calm", &subscription.name, "nobody reads its slot on the source", fix));
+            continue;
+        };
+        worst = worst.max(lag_bytes);
+        if lag_bytes > i64::try_from(max).unwrap_or(i64::MAX) {
+            let problem = format!("lags {lag_bytes} bytes behind, limit {max}");
+            storms.push(Finding::red(
+                "calm",
+                &subscription.name,
+                problem,
+                "wait for it, or raise budgets.lag_bytes_max",
+            ));
+        }
+    }
+    Ok(worst)
+}
+
+async fn old_transactions(scene: &Scene, storms: &mut Vec<Finding>) -> Result<i64, StepError> {
+    let limit_ms = i64::try_from(scene.config.budgets.transaction_age_max.as_millis()).unwrap_or(i64::MAX);
+    let oldest = scene.clusters.source.list("old transactions", OLD, STEP_DEADLINE, old).await?;
+    for old in oldest.iter().filter(|old| old.age_ms > limit_ms) {
+        let problem = format!("transaction is {} ms old, limit {limit_ms}: {}", old.age_ms, old.query);
+        let fix = "end it or wait for it, or raise budgets.transaction_age_max";
+        storms.push(Finding::red("calm", format!("pid {} ({})", old.pid, old.who), problem, fix));
+    }
+    Ok(oldest.iter().map(|old| old.age_ms).max().unwrap_or(0))
+}
+
+fn predicted(scene: &Scene, storms: &mut Vec<Finding>) -> Option<u64> {
+    let travel = scene.heartbeat.as_ref().and_then(|heartbeat| heartbeat.travel_max(BEATS));
+    let budget = scene.config.budgets.stall;
+    let Some(travel) = travel else {
+        storms.push(Finding::red(
+            "calm",
+            "heartbeat",
+            "too few beats have arrived",
+            "see why the subscription is slow",
+        ));
+        return None;
+    };
+    let predicted = travel + FIXED;
+    if predicted > budget {
+        let problem =
+            format!("a change takes {travel:?} to arrive: the stall would be about {predicted:?}, budget {budget:?}");
+        storms.push(Finding::red("calm", "heartbeat", problem, "wait for a quieter moment, or raise budgets.stall"));
+    }
+    u64::try_from(predicted.as_millis()).ok()
+}
+
+/// Nothing was done.
+pub async fn undo(_scene: &Scene) -> Result<(), StepError> {
+    Ok(())
+}
+
+/// Calm may end at any moment; what it was for is behind us.
+pub async fn verify(_scene: &Scene) -> Result<(), StepError> {
+    Ok(())
+}

@@ -1,0 +1,51 @@
+//! S7: everything the decision relies on is looked at once more, at the same time.
+//!
+//! Invariant: reads only. What it proves: the servers are the same primaries, every living proxy is paused at this epoch, the
+//! source is fenced and every table of it gated, nothing is prepared, the sentinel is right, no sequence stands behind, no
+//! session is tied, the target takes our writes and keeps clients out until the evidence where it has a gate.
+
+use pgcutover_api::store::GateForm;
+
+use crate::state::Facts;
+use crate::steps::{
+    STEP_DEADLINE, Scene, StepError, armed, caught_up, durable, fenced, paused, transplanted, way_back,
+};
+
+/// Looks.
+pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
+    verify(scene).await?;
+    Ok(Facts::new())
+}
+
+/// Nothing was done.
+pub async fn undo(_scene: &Scene) -> Result<(), StepError> {
+    Ok(())
+}
+
+/// Every step before is still as it was left. Questions to one server queue on its connection; those to the others do not.
+pub async fn verify(scene: &Scene) -> Result<(), StepError> {
+    tokio::try_join!(
+        armed::verify(scene),
+        paused::verify(scene),
+        fenced::verify(scene),
+        caught_up::verify(scene),
+        transplanted::verify(scene),
+        durable::verify(scene),
+        way_back::verify(scene),
+        target_is_shut(scene),
+    )?;
+    Ok(())
+}
+
+/// A target that has a gate keeps clients out until the evidence of this epoch is there (R10).
+async fn target_is_shut(scene: &Scene) -> Result<(), StepError> {
+    let claim = scene.claim()?;
+    let gates = scene.clusters.target.gates(STEP_DEADLINE).await?;
+    match gates.iter().find(|gate| gate.db == scene.database.as_str()) {
+        None => Ok(()),
+        Some(gate) if gate.form == Some(GateForm::Target) && gate.epoch == claim.epoch => Ok(()),
+        Some(gate) => {
+            Err(StepError::plain(format!("the target's gate would let clients in before the decision: {gate:?}")))
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! A row of ours that changes ten times a second on the source: how long it takes to arrive predicts the catch-up.
+//!
+//! Invariant: harmless to stop at any moment; ends when dropped.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use pgcutover_api::store::Name;
+
+use crate::clusters::{Cluster, Clusters};
+
+/// Between two beats.
+const EVERY: Duration = Duration::from_millis(100);
+/// Between two looks at the target; the resolution of what is measured.
+const LOOK: Duration = Duration::from_millis(2);
+/// A beat that takes longer is told as having taken this long.
+const TRAVEL_MAX: Duration = Duration::from_secs(5);
+/// Travels that are remembered: the last three seconds.
+const REMEMBERED: usize = 30;
+
+/// The beating, and what it measured.
+#[derive(Debug)]
+pub struct Heartbeat {
+    task: tokio::task::JoinHandle<()>,
+    travels: Arc<Mutex<VecDeque<Duration>>>,
+}
+
+impl Heartbeat {
+    /// Begins, on connections of its own.
+    pub fn start(clusters: &Clusters, database: &Name) -> Heartbeat {
+        let travels = Arc::new(Mutex::new(VecDeque::new()));
+        let beater = Beater {
+            source: clusters.source.another(),
+            target: clusters.target.another(),
+            database: database.clone(),
+            travels: travels.clone(),
+        };
+        Heartbeat { task: tokio::spawn(beater.run()), travels }
+    }
+
+    /// The longest of the last travels, once there are `least`.
+    pub fn travel_max(&self, least: usize) -> Option<Duration> {
+        let travels = self.travels.lock().unwrap_or_else(PoisonError::into_inner);
+        if travels.len() < least { None } else { travels.iter().max().copied() }
+    }
+}
+
+impl Drop for Heartbeat {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+struct Beater {
+    source: Cluster,
+    target: Cluster,
+    database: Name,
+    travels: Arc<Mutex<VecDeque<Duration>>>,
+}
+
+impl Beater {
+    /// Ends when its `Heartbeat` is dropped.
+    async fn run(self) {
+        let mut tick = tokio::time::interval(EVERY);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // Microseconds since 1970: greater than any beat of an earlier run.
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let mut n = i64::try_from(since.as_micros()).unwrap_or_default();
+        loop {
+            tick.tick().await;
+            n += 1;
+            let travel = self.travel(n).await;
+            let mut travels = self.travels.lock().unwrap_or_else(PoisonError::into_inner);
+            travels.push_back(travel);
+            if travels.len() > REMEMBERED {
+                travels.pop_front();
+            }
+        }
+    }
+
+    async fn travel(&self, n: i64) -> Duration {
+        let sent = Instant::now();
+        if self.source.beat(&self.database, n, TRAVEL_MAX).await.is_err() {
+            return TRAVEL_MAX;
+        }
+        while sent.elapsed() < TRAVEL_MAX {
+            if matches!(self.target.heard(&self.database, TRAVEL_MAX).await, Ok(Some(heard)) if heard >= n) {
+                return sent.elapsed();
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        TRAVEL_MAX
+    }
+}

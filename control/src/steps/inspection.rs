@@ -1,0 +1,61 @@
+//! What preflight wants to know of the proxies, and its findings.
+//!
+//! Invariant: changes nothing, but for the connections that proxies open to the target on the way.
+
+use std::time::Duration;
+
+use pgcutover_api::rows::BackendRow;
+
+use crate::clusters::Clusters;
+use crate::config::Config;
+use crate::finding::Finding;
+use crate::preflight::{self, Control, Inquiry, Limits, ProxyBackend, ProxyFacts};
+use crate::proxies::{Fleet, Proxy, ProxyError};
+use crate::steps::{StepError, paused};
+
+/// One question of preflight: catalogues of thousands of tables take a second.
+const QUESTION: Duration = Duration::from_secs(15);
+
+/// Asks everybody and judges.
+pub async fn inspect(config: &Config, clusters: &Clusters, fleet: &Fleet) -> Result<Vec<Finding>, StepError> {
+    let proxies = fleet.all(|proxy| of_proxy(config, proxy)).await?;
+    let inquiry = Inquiry {
+        db: paused::name(&config.database)?,
+        subscriptions: config.replication.subscriptions.clone(),
+        proxies: proxies.into_iter().map(|(_, facts)| facts).collect(),
+        limits: Limits {
+            lag_bytes_max: config.budgets.lag_bytes_max,
+            transaction_age_max: config.budgets.transaction_age_max,
+            gap: config.sequences.gap,
+            way_back: config.way_back.enabled,
+            proxy_role: config.policy.proxy_role.clone(),
+            source_backend: config.source.backend.clone(),
+        },
+        limit: QUESTION,
+    };
+    let facts = preflight::gather(clusters, &inquiry).await?;
+    Ok(preflight::checks(&facts))
+}
+
+async fn of_proxy(config: &Config, proxy: &Proxy) -> Result<ProxyFacts, ProxyError> {
+    let database = &config.database;
+    let gate = proxy.gate(database).await?;
+    let backends = proxy.backends(database).await?;
+    Ok(ProxyFacts {
+        name: proxy.name().to_owned(),
+        instance: proxy.setting("instance").await?,
+        control: if bool::from(gate.control) { Control::Given } else { Control::Missing },
+        server_pids: proxy.server_pids(database).await?,
+        backends: backends.iter().map(backend).collect(),
+        // Their verdicts come with PREPARE SWITCH, which the step judges itself.
+        logins: Vec::new(),
+    })
+}
+
+fn backend(row: &BackendRow) -> ProxyBackend {
+    ProxyBackend {
+        name: row.backend.clone(),
+        is_active: bool::from(row.active),
+        system_identifier: row.system_identifier.parse().ok(),
+    }
+}

@@ -1,0 +1,212 @@
+//! S2: the epoch is opened in the store, every proxy is paused at it with a lease, open transactions end.
+//!
+//! Invariant: the epoch is in the store and in the journal before the first PAUSE is sent (PROTOCOL R4).
+
+use std::time::Duration;
+
+use pgcutover_api::command::{Command, EpochPause, Mode, PauseWith, ResumeWith, Warrant};
+use pgcutover_api::epoch::{Claim, Epoch};
+use pgcutover_api::rows::{BlockerRow, GateState};
+use pgcutover_api::store::{Name, SQLSTATE_UNDECIDED};
+
+use crate::clusters::ClusterError;
+use crate::finding::Finding;
+use crate::proxies::{ProxyErrors, SHOW_DEADLINE};
+use crate::report;
+use crate::state::{Event, Facts};
+use crate::steps::{STEP_DEADLINE, Scene, StepError, decided};
+
+/// A member that was seen within this is alive: proxies look at the store every second (R9).
+const ALIVE_MS: u64 = 3000;
+/// How long members that are not ours to command may take to hold by themselves: their look, and what it takes.
+const MEMBERS_PATIENCE: Duration = Duration::from_millis(1500);
+
+/// Between two questions to a source that is away.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
+
+/// Opens the epoch and pauses.
+pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
+    let claim = open(scene).await?;
+    let guarded = scene.clusters.target.guard(&scene.turn()?, STEP_DEADLINE).await?;
+    let lease = scene.lease()?;
+    let database = scene.config.database.clone();
+    let leases = scene.fleet.keep(&database, claim, lease, scene.config.budgets.renew);
+    scene.observe(report::PAUSE_SENT, Facts::new().with("epoch", claim.epoch.as_u64()));
+    let paused = pause_all(scene, claim).await;
+    leases.confirm();
+    scene.leases = Some(leases);
+    paused?;
+    let held: u32 =
+        scene.fleet.all(|proxy| proxy.gate(&database)).await?.iter().map(|(_, gate)| gate.held_clients).sum();
+    Ok(Facts::new().with("epoch", claim.epoch.as_u64()).with("held_clients", held).with("target_guarded", guarded))
+}
+
+async fn open(scene: &mut Scene) -> Result<Claim, StepError> {
+    let floor = scene.fleet.epoch_max(&scene.config.database).await?;
+    let target = name(&scene.config.target.backend)?;
+    let epoch = match scene.clusters.source.open(&scene.database, scene.run, &target, floor).await {
+        Ok(epoch) => epoch,
+        Err(error) if error.is_absence() => opened_after_all(scene, error).await?,
+        Err(error) => return Err(refused(scene, error)),
+    };
+    let claim = Claim { run: scene.run, epoch };
+    scene.claim = Some(claim);
+    scene.journal.append([Event::Opened { epoch }])?;
+    Ok(claim)
+}
+
+/// The source went away under the question: nothing else may happen before it has said whether it opened the epoch.
+async fn opened_after_all(scene: &mut Scene, error: ClusterError) -> Result<Epoch, StepError> {
+    let until = tokio::time::Instant::now() + decided::PATIENCE;
+    loop {
+        match scene.clusters.source.view(&scene.database, STEP_DEADLINE).await {
+            Ok(view) => match view.open {
+                Some(open) if open.run == scene.run => return Ok(open.epoch),
+                Some(_) | None => return Err(error.into()),
+            },
+            Err(_) if tokio::time::Instant::now() < until => tokio::time::sleep(ASK_AGAIN).await,
+            Err(_) => {
+                scene.open_is_unknown = true;
+                return Err(error.into());
+            }
+        }
+    }
+}
+
+fn refused(scene: &Scene, error: ClusterError) -> StepError {
+    if error.sqlstate() != Some(SQLSTATE_UNDECIDED) {
+        return error.into();
+    }
+    let fix = "run 'proxyctl abort': it decides the epoch that an earlier run left open";
+    let finding = Finding::red("paused", &scene.config.database, error.to_string(), fix);
+    StepError::found(error.to_string(), vec![finding])
+}
+
+/// A backend's or database's name as the store takes it.
+pub fn name(text: &str) -> Result<Name, StepError> {
+    Name::new(text).map_err(|error| StepError::plain(error.to_string()))
+}
+
+/// Sends every PAUSE at once. Shortly before the drain deadline it asks who holds the drain open: afterwards nobody does.
+async fn pause_all(scene: &Scene, claim: Claim) -> Result<(), StepError> {
+    let drain = scene.config.budgets.drain;
+    let command = command(scene, claim)?;
+    let ask_at = drain.mul_f32(0.75);
+    let pauses = scene.fleet.all(|proxy| proxy.order(&command, drain + SHOW_DEADLINE));
+    let blockers = async {
+        tokio::time::sleep(ask_at).await;
+        let found = scene.fleet.each(|proxy| proxy.blockers(&scene.config.database)).await;
+        let found = found.into_iter().filter_map(|(name, rows)| Some((name.to_owned(), rows.ok()?)));
+        found.flat_map(|(name, rows)| rows.into_iter().map(move |row| blocker(&name, &row))).collect::<Vec<Finding>>()
+    };
+    tokio::pin!(pauses);
+    let blocked = tokio::select! {
+        biased;
+        done = &mut pauses => return done.map(drop).map_err(StepError::from),
+        blocked = blockers => blocked,
+    };
+    pauses.await.map(drop).map_err(|errors| not_drained(errors, blocked))
+}
+
+fn not_drained(errors: ProxyErrors, mut blocked: Vec<Finding>) -> StepError {
+    let mut error = StepError::from(errors);
+    if !blocked.is_empty() {
+        blocked.append(&mut error.findings);
+        error.findings = blocked;
+    }
+    error
+}
+
+fn blocker(proxy: &str, row: &BlockerRow) -> Finding {
+    let who = format!("{}: {} from {}:{} ({})", proxy, row.user, row.addr, row.port, row.application_name);
+    let pid = row.server_pid.map_or("no server process".to_owned(), |pid| format!("server pid {pid}"));
+    let problem = format!(
+        "{pid} holds the drain open ({}): transaction {} ms old, state {}, last statement: {}",
+        row.reason,
+        row.transaction_ms.as_millis(),
+        row.state,
+        row.query
+    );
+    let fix =
+        "end or shorten this transaction, raise budgets.drain, or set policy.on_timeout to 'cancel' or 'terminate'";
+    Finding::red("paused", who, problem, fix)
+}
+
+fn command(scene: &Scene, claim: Claim) -> Result<Command, StepError> {
+    let config = &scene.config;
+    Ok(Command::PauseWith(PauseWith {
+        database: config.database.clone(),
+        epoch: Some(EpochPause { claim, source: config.source.backend.clone(), target: config.target.backend.clone() }),
+        drain: Some(config.budgets.drain),
+        on_timeout: config.policy.on_timeout,
+        lease: Some(scene.lease()?),
+        mode: Mode::All,
+    }))
+}
+
+/// Lets clients go on the source. The abort is decided; each proxy reads that itself before it resumes.
+pub async fn undo(scene: &Scene) -> Result<(), StepError> {
+    let Some(claim) = scene.claim else { return Ok(()) };
+    let database = scene.config.database.clone();
+    let resume = Command::ResumeWith(ResumeWith { database, warrant: Warrant::Claim(claim) });
+    let mut missed = Vec::new();
+    for (_, answer) in scene.fleet.each(|proxy| proxy.order_aside(&resume, SHOW_DEADLINE)).await {
+        if let Err(error) = answer {
+            missed.push(error);
+        }
+    }
+    let still_held = held(scene, missed).await;
+    if still_held.is_empty() { Ok(()) } else { Err(StepError::from(ProxyErrors(still_held))) }
+}
+
+/// A proxy that refused because it is open already has done what was wanted: its lease ended, or it never paused.
+async fn held(scene: &Scene, missed: Vec<crate::proxies::ProxyError>) -> Vec<crate::proxies::ProxyError> {
+    let mut still = Vec::new();
+    for error in missed {
+        let proxy = scene.fleet.iter().find(|proxy| proxy.name() == error.proxy);
+        let open = match proxy {
+            Some(proxy) => proxy.gate(&scene.config.database).await.is_ok_and(|gate| gate.state == GateState::Open),
+            None => false,
+        };
+        if !open {
+            still.push(error);
+        }
+    }
+    still
+}
+
+/// Every proxy is paused and drained at this epoch, and so is every living proxy that the source knows of.
+pub async fn verify(scene: &Scene) -> Result<(), StepError> {
+    let claim = scene.claim()?;
+    let gates = scene.fleet.all(|proxy| proxy.gate(&scene.config.database)).await?;
+    for (name, gate) in &gates {
+        let ours = gate.run == Some(claim.run) && gate.epoch == Some(claim.epoch);
+        if !ours || gate.state != GateState::Paused || !bool::from(gate.drained) {
+            let fix = "see SHOW GATES there: somebody resumed it, or its lease ended";
+            let finding = Finding::red("paused", *name, format!("is {} and not paused at {claim}", gate.state), fix);
+            return Err(StepError::found(format!("proxy {name} is not paused at {claim}"), vec![finding]));
+        }
+    }
+    members(scene, claim).await
+}
+
+async fn members(scene: &Scene, claim: Claim) -> Result<(), StepError> {
+    let patience = tokio::time::Instant::now() + MEMBERS_PATIENCE;
+    loop {
+        let members = scene.clusters.source.members(&scene.database, STEP_DEADLINE).await?;
+        let alive = members.iter().filter(|member| member.seen_ms_ago < ALIVE_MS);
+        let loose: Vec<_> = alive.filter(|member| member.paused_epoch != Some(claim.epoch)).collect();
+        if loose.is_empty() {
+            return Ok(());
+        }
+        if tokio::time::Instant::now() >= patience {
+            let fix = "name this proxy in [[proxies]], or stop it; one that died counts as alive for three seconds";
+            let found = loose.iter().map(|member| {
+                let object = format!("{} ({})", member.instance, member.address);
+                Finding::red("paused", object, format!("serves the database and is not paused at {claim}"), fix)
+            });
+            return Err(StepError::found("a living proxy is not paused", found.collect()));
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
