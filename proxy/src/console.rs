@@ -21,6 +21,8 @@ mod desk;
 mod orders;
 mod readings;
 mod tables;
+#[cfg(test)]
+mod tests;
 
 pub use admin::{
     Admin, Census, ClientState, DatabaseRow, DnsRow, Forwards, LoginState, Peer, PoolRow, Refusal, ServerState,

@@ -148,3 +148,101 @@ fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
     response
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+    use std::sync::Mutex;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    const DEADLINE: Duration = Duration::from_secs(20);
+
+    struct Pretended(Mutex<Readiness>);
+
+    impl Pages for Pretended {
+        async fn metrics(&self) -> String {
+            "pgcutover_clients 1\n".to_owned()
+        }
+
+        fn readiness(&self) -> Readiness {
+            *self.0.lock().unwrap()
+        }
+    }
+
+    async fn served() -> (SocketAddr, Arc<Pretended>, CancellationToken) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (address, closing) = (listener.local_addr().unwrap(), CancellationToken::new());
+        let pages = Arc::new(Pretended(Mutex::new(Readiness::Starting)));
+        tokio::spawn(serve(listener, Arc::clone(&pages), closing.clone()));
+        (address, pages, closing)
+    }
+
+    async fn ask(address: SocketAddr, request: &str) -> String {
+        tokio::time::timeout(DEADLINE, ask_for_as_long_as_it_takes(address, request)).await.unwrap()
+    }
+
+    async fn ask_for_as_long_as_it_takes(address: SocketAddr, request: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        // A refused request may be answered and closed before it is written whole.
+        let _ = stream.write_all(request.as_bytes()).await;
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer).await;
+        String::from_utf8(answer).unwrap()
+    }
+
+    async fn status(address: SocketAddr, request: &str) -> String {
+        ask(address, &format!("{request} HTTP/1.1\r\nHost: x\r\n\r\n")).await.chars().skip(9).take(3).collect()
+    }
+
+    #[tokio::test]
+    async fn only_a_ready_proxy_is_ready() {
+        let (address, pages, _closing) = served().await;
+        for (readiness, code) in [(Readiness::Starting, "503"), (Readiness::Ready, "200"), (Readiness::Draining, "503")]
+        {
+            *pages.0.lock().unwrap() = readiness;
+            assert_eq!(status(address, "GET /readyz").await, code, "{readiness:?}");
+            assert_eq!(status(address, "GET /livez").await, "200");
+        }
+    }
+
+    #[tokio::test]
+    async fn there_are_three_pages_to_read_and_none_to_write() {
+        let (address, _, closing) = served().await;
+        let page = ask(address, "GET /metrics HTTP/1.0\r\n\r\n").await;
+        assert!(
+            page.ends_with("\r\n\r\npgcutover_clients 1\n") && page.contains("text/plain; version=0.0.4"),
+            "{page}"
+        );
+        for (request, code) in [
+            ("GET /", "404"),
+            ("GET /metrics/", "404"),
+            ("POST /metrics", "405"),
+            ("DELETE /livez", "405"),
+            ("HEAD /livez", "200"),
+        ] {
+            assert_eq!(status(address, request).await, code, "{request}");
+        }
+        closing.cancel();
+    }
+
+    #[tokio::test]
+    async fn a_request_is_bounded() {
+        let (address, _, _closing) = served().await;
+        let long = format!("GET /livez HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(REQUEST_BYTES_MAX));
+        let answer = ask(address, &long).await;
+        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 431"), "{answer}");
+        assert!(!ask(address, "nonsense\r\n\r\n").await.contains("200 OK"));
+        assert_eq!(status(address, "GET /livez").await, "200", "others are served all the same");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_that_never_ends_is_dropped() {
+        let (address, _, _closing) = served().await;
+        // The only timers are the server's: the paused clock jumps to them.
+        let answer = ask_for_as_long_as_it_takes(address, "GET /livez HTTP/1.1\r\n").await;
+        assert!(!answer.contains("200 OK"), "{answer}");
+    }
+}

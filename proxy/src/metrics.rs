@@ -451,3 +451,125 @@ impl Counter {
         self.0.load(Relaxed)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn later(from: Instant, seconds: u64) -> Instant {
+        from + Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn traffic_is_the_sum_over_workers_and_users() {
+        let now = Instant::now();
+        let book = Book::new(2, now);
+        for (worker, user) in [(0, "alice"), (1, "alice"), (2, "alice"), (1, "bob")] {
+            let meter = book.pool("app", user).meter(worker);
+            meter.received(10);
+            meter.sent(20);
+            meter.xact(300);
+            meter.queries(2, 250);
+            meter.wait(7);
+            meter.server_assignment();
+            meter.client_login();
+            meter.parses(3, 1);
+            meter.binds(4);
+        }
+        let traffic = book.traffic(later(now, 2));
+        let expected = Traffic {
+            server_assignment_count: 4,
+            xact_count: 4,
+            query_count: 8,
+            bytes_received: 40,
+            bytes_sent: 80,
+            xact_time_us: 1200,
+            query_time_us: 1000,
+            wait_time_us: 28,
+            client_parse_count: 12,
+            server_parse_count: 4,
+            bind_count: 16,
+            client_login_count: 4,
+        };
+        assert_eq!(traffic.len(), 1);
+        assert_eq!(traffic[0].total, expected);
+        let average = traffic[0].average;
+        assert_eq!((average.xact_count, average.query_count, average.bytes_received), (2, 4, 20), "per second");
+        assert_eq!((average.xact_time_us, average.query_time_us, average.wait_time_us), (300, 125, 14));
+    }
+
+    #[test]
+    fn averages_forget_what_is_older_than_two_periods() {
+        let now = Instant::now();
+        let book = Book::new(1, now);
+        let meter = book.pool("app", "alice").meter(0);
+        (0..600).for_each(|_| meter.xact(1));
+        book.end_period(later(now, 60));
+        assert_eq!(book.traffic(later(now, 60))[0].average.xact_count, 10);
+        book.end_period(later(now, 120));
+        let rows = book.traffic(later(now, 121));
+        assert_eq!((rows[0].average.xact_count, rows[0].total.xact_count), (0, 600));
+    }
+
+    #[test]
+    fn totals_keep_what_pools_counted_that_are_gone() {
+        let now = Instant::now();
+        let book = Book::new(1, now);
+        book.pool("app", "alice").meter(0).received(5);
+        let kept = book.pool("app", "bob");
+        book.end_period(later(now, 60));
+        assert_eq!(book.reader().pools.len(), 1, "nobody holds alice's");
+        kept.meter(0).received(2);
+        assert_eq!(book.traffic(later(now, 61))[0].total.bytes_received, 7);
+        assert!(Arc::ptr_eq(&kept, &book.pool("app", "bob")));
+    }
+
+    #[test]
+    fn a_slot_is_alone_in_its_cache_lines() {
+        assert_eq!((size_of::<Slot>(), align_of::<Slot>()), (128, 128));
+        assert!(size_of::<Meter>() <= 16);
+    }
+
+    #[test]
+    fn a_gauge_falls_with_its_guards() {
+        let gauge = Gauge::default();
+        let (first, second) = (gauge.enter(), gauge.enter());
+        assert_eq!(gauge.read(), 2);
+        drop(first);
+        assert_eq!(gauge.read(), 1);
+        drop(second);
+        assert_eq!(gauge.read(), 0);
+    }
+
+    #[test]
+    fn holds_are_counted_up_to_each_bound() {
+        let events = Events::default();
+        for millis in [1, 5, 40, 20_000] {
+            events.held.observe(Duration::from_millis(millis));
+        }
+        events.leases_ended.count();
+        let page = page(events.readings());
+        for line in [
+            "pgcutover_held_microseconds_bucket{le=\"5000\"} 2",
+            "pgcutover_held_microseconds_bucket{le=\"50000\"} 3",
+            "pgcutover_held_microseconds_bucket{le=\"15000000\"} 3",
+            "pgcutover_held_microseconds_bucket{le=\"+Inf\"} 4",
+            "pgcutover_held_microseconds_count 4",
+            "pgcutover_held_microseconds_sum 20046000",
+            "pgcutover_leases_ended_total 1",
+            "# HELP pgcutover_leases_ended_total Pauses whose lease ended.",
+        ] {
+            assert!(page.lines().any(|found| found == line), "{line}\n{page}");
+        }
+    }
+
+    #[test]
+    fn names_are_unique_and_say_what_they_count() {
+        for (at, metric) in METRICS.iter().enumerate() {
+            assert!(METRICS[..at].iter().all(|other| other.name != metric.name), "{}", metric.name);
+            assert!(metric.help.ends_with('.'), "{}", metric.name);
+            let is_part = metric.name.contains("_held_microseconds_");
+            assert_eq!(metric.name.ends_with("_total") || is_part, metric.kind == Kind::Counter, "{}", metric.name);
+        }
+    }
+}
