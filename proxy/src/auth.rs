@@ -1,77 +1,19 @@
-//! Who the client is: the user file, and the password, md5 and SCRAM exchanges.
+//! Who the client is: trust, cleartext, md5 and SCRAM against the user file.
 //!
 //! Invariant: an unknown user and a wrong password take the same path and get the same answer; no slow hash runs on
-//! the event loop.
+//! the event loop; nothing behind the message that is asked for is read from the client.
 
-use std::path::Path;
-use std::sync::Arc;
-
-use thiserror::Error;
+mod exchange;
+mod users;
 
 use crate::backend::Secret;
 use crate::config::AuthType;
-use crate::message::Startup;
+use crate::message::{self, Authentication, Startup};
 use crate::report::Report;
 use crate::stream::{Peer, Stream};
 
-/// A user file that can't be used.
-#[derive(Debug, Error)]
-pub enum UserFileError {
-    /// It can't be read.
-    #[error("{path}: {source}")]
-    Read {
-        /// The file.
-        path: String,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// A line makes no sense.
-    #[error("line {line}: {reason}")]
-    Line {
-        /// From 1.
-        line: usize,
-        /// Why.
-        reason: String,
-    },
-}
-
-/// The users of the user file.
-#[derive(Debug, Default)]
-pub struct Users {}
-
-impl Users {
-    /// Reads a user file.
-    ///
-    /// # Errors
-    /// [`UserFileError`].
-    pub fn load(path: &Path) -> Result<Self, UserFileError> {
-        let _ = path;
-        unimplemented!()
-    }
-
-    /// Parses PgBouncer's format: `"user" "secret"` a line.
-    ///
-    /// # Errors
-    /// [`UserFileError::Line`].
-    pub fn parse(text: &[u8]) -> Result<Self, UserFileError> {
-        let _ = text;
-        unimplemented!()
-    }
-
-    /// Whether the file names this user.
-    #[must_use]
-    pub fn contains(&self, user: &[u8]) -> bool {
-        let _ = user;
-        unimplemented!()
-    }
-
-    /// What the file allows us to say to servers in this user's name; `None` for an unknown user.
-    #[must_use]
-    pub fn secret(&self, user: &[u8]) -> Option<Secret> {
-        let _ = user;
-        unimplemented!()
-    }
-}
+use exchange::Exchange;
+pub use users::{UserFileError, Users};
 
 /// A client that proved who it is.
 #[derive(Debug, Clone)]
@@ -85,15 +27,20 @@ pub struct Identity {
 /// Asks the client to prove who it is, and writes AuthenticationOk. The caller bounds the time; not cancel safe.
 ///
 /// # Errors
-/// The [`Report`] to send before closing; nothing of it has been written. A lost connection is a report too.
+/// The [`Report`] to send before closing; nothing of it has been written. [`Report::client_gone`] where there is nobody
+/// to send it to.
 pub async fn authenticate(
     stream: &mut Stream,
     startup: &Startup,
     method: AuthType,
-    users: &Arc<Users>,
+    users: &Users,
 ) -> Result<Identity, Report> {
-    let _ = (stream, startup, method, users);
-    unimplemented!()
+    let mut exchange = Exchange::new(stream);
+    // Boxed: only clients that are logging in pay for this future.
+    let secret = Box::pin(prove(&mut exchange, startup, method, users)).await?;
+    message::put_authentication(&mut exchange.output, &Authentication::Ok);
+    exchange.send().await?;
+    Ok(Identity { user: startup.user.clone(), secret })
 }
 
 /// Whether the peer is a process of our own user on this machine: the admin console's password-less way in.
@@ -104,3 +51,33 @@ pub fn is_own_process(peer: Peer) -> bool {
         Peer::Tcp(_) => false,
     }
 }
+
+/// Writes AuthenticationOk for a client that needs no proof ([`is_own_process`]).
+///
+/// # Errors
+/// [`Report::client_gone`].
+pub async fn welcome_own_process(stream: &mut Stream) -> Result<(), Report> {
+    let mut exchange = Exchange::new(stream);
+    message::put_authentication(&mut exchange.output, &Authentication::Ok);
+    exchange.send().await
+}
+
+async fn prove(
+    exchange: &mut Exchange<'_>,
+    startup: &Startup,
+    method: AuthType,
+    users: &Users,
+) -> Result<Secret, Report> {
+    let user = &startup.user;
+    let proven = match method {
+        AuthType::Trust => return users.secret(user).ok_or_else(|| Report::role_does_not_exist(user)),
+        AuthType::Plain => exchange.plain(users, user).await?,
+        AuthType::Md5 if users.demands_scram(user) => exchange.scram(users, user).await?,
+        AuthType::Md5 => exchange.md5(users, user).await?,
+        AuthType::Scram => exchange.scram(users, user).await?,
+    };
+    proven.ok_or_else(|| Report::password_authentication_failed(user))
+}
+
+#[cfg(test)]
+mod tests;

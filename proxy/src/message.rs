@@ -80,6 +80,9 @@ pub enum Replication {
 /// A name and its value, as bytes.
 pub type Pair = (Box<[u8]>, Box<[u8]>);
 
+/// A name and its value, where they lie in a message.
+pub type PairRef<'a> = (&'a [u8], &'a [u8]);
+
 /// What a client wants to be: the checked StartupMessage.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Startup {
@@ -217,7 +220,7 @@ fn cancel_key(mut reader: Reader<'_>) -> Result<CancelKey, Malformed> {
 ///
 /// # Errors
 /// [`Malformed`] where a string has no end or the terminator is not the last byte.
-pub fn startup_pairs(parameters: &[u8]) -> Result<Vec<(&[u8], &[u8])>, Malformed> {
+pub fn startup_pairs(parameters: &[u8]) -> Result<Vec<PairRef<'_>>, Malformed> {
     let mut reader = Reader::new("startup packet", parameters);
     let mut pairs = Vec::new();
     loop {
@@ -500,7 +503,7 @@ pub fn put_cstring(out: &mut BytesMut, text: &[u8]) {
 }
 
 /// Writes a StartupMessage of protocol 3.0.
-pub fn put_startup(out: &mut BytesMut, pairs: &[(&[u8], &[u8])]) {
+pub fn put_startup(out: &mut BytesMut, pairs: &[PairRef<'_>]) {
     put_counted(out, |out| {
         out.put_i32(PROTOCOL_3_0);
         for (name, value) in pairs {

@@ -306,11 +306,7 @@ impl Report {
     /// 57P01: the operator closed this connection.
     #[must_use]
     pub fn admin_shutdown() -> Self {
-        Self::fatal(
-            SqlState::ADMIN_SHUTDOWN,
-            "terminating connection due to administrator command",
-            Blame::Operator,
-        )
+        Self::fatal(SqlState::ADMIN_SHUTDOWN, "terminating connection due to administrator command", Blame::Operator)
     }
 
     /// 57P03: this process takes no new clients because it is going down.

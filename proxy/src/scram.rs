@@ -180,11 +180,7 @@ impl ServerExchange {
     ///
     /// # Errors
     /// [`ScramError::Malformed`], [`ScramError::Unsupported`].
-    pub fn start(
-        client_first: &[u8],
-        verifier: Verifier,
-        nonce: &[u8; NONCE_RAW_BYTES],
-    ) -> Result<Self, ScramError> {
+    pub fn start(client_first: &[u8], verifier: Verifier, nonce: &[u8; NONCE_RAW_BYTES]) -> Result<Self, ScramError> {
         bounded(client_first)?;
         let (flag, rest) = split_once(client_first, b',').ok_or(ScramError::Malformed("no channel binding flag"))?;
         match flag {
@@ -432,7 +428,8 @@ mod tests {
     const CLIENT_NONCE: &str = "rOprNGfwEbeRWgbNEkqO";
     const SERVER_FIRST: &[u8] =
         b"r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=4096";
-    const CLIENT_FINAL: &[u8] = b"c=biws,r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,p=dHzbZapWIk4jUhN+Ute9ytag9zjfMHgsqmmiz7AndVQ=";
+    const CLIENT_FINAL: &[u8] =
+        b"c=biws,r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,p=dHzbZapWIk4jUhN+Ute9ytag9zjfMHgsqmmiz7AndVQ=";
     const SERVER_FINAL: &[u8] = b"v=6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4=";
 
     fn rfc_keys() -> Keys {

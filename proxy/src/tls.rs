@@ -154,9 +154,9 @@ impl Acceptor {
         let stream = self.accept(tcp).await?;
         match &stream {
             Stream::TlsServer(tls) if tls.get_ref().1.alpn_protocol() == Some(ALPN) => Ok(stream),
-            Stream::TlsServer(_) | Stream::TlsClient(_) | Stream::Tcp(_) | Stream::Unix(_) => {
-                Err(TlsError::Peer("received direct SSL connection request without ALPN protocol negotiation extension"))
-            }
+            Stream::TlsServer(_) | Stream::TlsClient(_) | Stream::Tcp(_) | Stream::Unix(_) => Err(TlsError::Peer(
+                "received direct SSL connection request without ALPN protocol negotiation extension",
+            )),
         }
     }
 }

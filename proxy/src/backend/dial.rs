@@ -14,8 +14,7 @@ use crate::stream::{Keepalive, Stream};
 use crate::tls::TlsError;
 
 /// A server that lost power or its network is noticed within a minute; shorter would cost idle pools traffic.
-const KEEPALIVE: Keepalive =
-    Keepalive { idle: Duration::from_secs(30), interval: Duration::from_secs(10), probes: 3 };
+const KEEPALIVE: Keepalive = Keepalive { idle: Duration::from_secs(30), interval: Duration::from_secs(10), probes: 3 };
 
 /// Whether a connection attempt asks for TLS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,11 +38,7 @@ pub(super) fn attempts(address: &Address) -> (Attempt, Option<Attempt>) {
 
 /// Opens a socket, with TLS on it if the attempt asks for it and the server has it. `at` is an address that is known
 /// already. The caller bounds the time.
-pub(super) async fn open(
-    address: &Address,
-    at: Option<SocketAddr>,
-    attempt: Attempt,
-) -> Result<Stream, ConnectError> {
+pub(super) async fn open(address: &Address, at: Option<SocketAddr>, attempt: Attempt) -> Result<Stream, ConnectError> {
     if address.host.starts_with('/') {
         let path = format!("{}/.s.PGSQL.{}", address.host, address.port);
         let unix = UnixStream::connect(&path).await;

@@ -9,7 +9,7 @@ use crate::backend::dial::{self, Attempt};
 use crate::backend::{
     Address, BackendKey, Cleartext, ConnectError, ConnectFailure, Login, PassThrough, Secret, ServerConnection,
 };
-use crate::message::{self, Authentication, Malformed};
+use crate::message::{self, Authentication, Malformed, PairRef};
 use crate::report::SqlState;
 use crate::scram::{Challenge, ClientExchange, Keys, MECHANISM, NONCE_RAW_BYTES, ScramError};
 use crate::stream::Peer;
@@ -38,7 +38,7 @@ pub(super) async fn welcome(
     address: &Address,
     login: &Login,
 ) -> Result<ServerConnection, ConnectError> {
-    let mut pairs: Vec<(&[u8], &[u8])> = vec![(b"user", &login.user), (b"database", &address.dbname)];
+    let mut pairs: Vec<PairRef<'_>> = vec![(b"user", &login.user), (b"database", &address.dbname)];
     pairs.extend(login.settings.iter().map(|(name, value)| (&**name, &**value)));
     message::put_startup(&mut connection.output, &pairs);
     connection.send().await?;
@@ -66,11 +66,7 @@ pub(super) async fn welcome(
 }
 
 /// Answers what the server asks until it says AuthenticationOk.
-async fn authenticate(
-    connection: &mut ServerConnection,
-    address: &Address,
-    login: &Login,
-) -> Result<(), ConnectError> {
+async fn authenticate(connection: &mut ServerConnection, address: &Address, login: &Login) -> Result<(), ConnectError> {
     let request = request(connection).await?;
     match message::authentication(&request).map_err(malformed)? {
         Authentication::Ok => return Ok(()),
@@ -119,11 +115,7 @@ async fn request(connection: &mut ServerConnection) -> Result<Bytes, ConnectErro
     }
 }
 
-fn cleartext<'a>(
-    connection: &ServerConnection,
-    address: &Address,
-    login: &'a Login,
-) -> Result<&'a [u8], ConnectError> {
+fn cleartext<'a>(connection: &ServerConnection, address: &Address, login: &'a Login) -> Result<&'a [u8], ConnectError> {
     let protected = connection.stream.is_tls() || connection.stream.is_unix();
     if !protected && address.cleartext == Cleartext::Protected {
         return Err(lacking("server asks for a cleartext password over an unencrypted connection"));
@@ -203,10 +195,7 @@ fn passed_through(known: &PassThrough, challenge: &Challenge) -> Result<Keys, Co
     if known.verifier.salt == challenge.salt && known.verifier.iterations == challenge.iterations {
         return Ok(known.keys.clone());
     }
-    Err(ConnectError {
-        sqlstate: Some(SqlState::INVALID_PASSWORD),
-        ..lacking(ScramError::OtherVerifier.to_string())
-    })
+    Err(ConnectError { sqlstate: Some(SqlState::INVALID_PASSWORD), ..lacking(ScramError::OtherVerifier.to_string()) })
 }
 
 fn no_password(what: &str) -> ConnectError {
