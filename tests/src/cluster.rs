@@ -20,6 +20,7 @@ use crate::client::Client;
 use crate::port::Port;
 use crate::process::{POLL, Process, children_of};
 use crate::run_dir::RunDir;
+use crate::tls;
 use crate::user::ServerUser;
 
 /// The superuser; it logs in without a password on the Unix socket and not at all over TCP unless it is given one.
@@ -42,6 +43,8 @@ pub struct ClusterOptions {
     pub settings: Vec<(String, String)>,
     /// Whose system identifier?
     pub identity: Identity,
+    /// Certificate and key to offer TLS with; without them the server refuses it.
+    pub tls: Option<tls::Identity>,
 }
 
 /// What a commit waits for.
@@ -66,7 +69,7 @@ impl ClusterOptions {
     /// A server of this major as tests want it.
     pub fn new(major: u32) -> ClusterOptions {
         let (commits, identity) = (Commits::TrustKernel, Identity::Template);
-        ClusterOptions { major, commits, settings: Vec::new(), identity }
+        ClusterOptions { major, commits, settings: Vec::new(), identity, tls: None }
     }
 }
 
@@ -116,6 +119,12 @@ impl Cluster {
                 run(copy)?;
             }
         }
+        if let Some(tls) = &options.tls {
+            fs::copy(&tls.certificate, data.join("server.crt"))?;
+            tls::write_key(&data.join("server.key"), &fs::read_to_string(&tls.key)?)?;
+            self.user.own(&data.join("server.crt"))?;
+            self.user.own(&data.join("server.key"))?;
+        }
         // In place, so that the files keep their owner.
         fs::write(data.join("postgresql.conf"), self.configuration(options))?;
         fs::write(data.join("pg_hba.conf"), HBA).context("writing pg_hba.conf")
@@ -131,6 +140,9 @@ impl Cluster {
                 Commits::TrustKernel => "off",
             },
         );
+        if options.tls.is_some() {
+            text.push_str("ssl = on\n");
+        }
         for (name, value) in &options.settings {
             text.push_str(&format!("{name} = '{}'\n", value.replace('\'', "''")));
         }

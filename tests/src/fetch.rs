@@ -64,7 +64,8 @@ pub(crate) fn fetch(cache: &Path, unmet: impl Fn() -> Unmet) -> Result<Vec<Strin
     // Ended by the other process: a fetch is bounded by its client's own time limits, and the kernel frees the lock.
     lock.lock()?;
     for leftover in children(cache).filter(|path| path.to_string_lossy().ends_with(".partial")) {
-        fs::remove_dir_all(leftover)?;
+        // A client that outlived its harness may still write there; what can't be removed now is removed next time.
+        let _ = fs::remove_dir_all(leftover);
     }
     let mut failures = Vec::new();
     for source in [Source::Npm, Source::Pip, Source::Apt] {
@@ -106,8 +107,8 @@ fn npm(cache: &Path, wanted: &Unmet) -> Result<()> {
         bail!("has {NPM_MAJORS:?} only");
     }
     on_known_machine()?;
-    let partial = cache.join("npm.partial");
-    fs::create_dir_all(&partial)?;
+    on_path("npm")?;
+    let partial = partial(cache)?;
     fs::write(partial.join("package.json"), PACKAGE)?;
     fs::write(partial.join("package-lock.json"), PACKAGE_LOCK)?;
     say(format_args!("fetching PostgreSQL {NPM_MAJORS:?} by npm (about 90 MB, once) into {}", cache.display()));
@@ -126,8 +127,8 @@ fn pip(cache: &Path, wanted: &Unmet) -> Result<()> {
         bail!("has {PIP_MAJORS:?} only");
     }
     on_known_machine()?;
-    let partial = cache.join("pip.partial");
-    fs::create_dir_all(&partial)?;
+    on_path("python3")?;
+    let partial = partial(cache)?;
     let requirements = partial.join("requirements.txt");
     fs::write(&requirements, REQUIREMENTS)?;
     say(format_args!("fetching PostgreSQL {PIP_MAJORS:?} by pip (about 30 MB, once) into {}", cache.display()));
@@ -143,6 +144,11 @@ fn apt(cache: &Path, wanted: &Unmet) -> Result<()> {
     if !nix::unistd::Uid::effective().is_root() {
         bail!("needs root");
     }
+    on_path("apt-get")?;
+    // A fresh container has no lists. If it fails, the lists that are there may do.
+    let mut update = Command::new("apt-get");
+    update.args(["update", "--quiet"]);
+    let _ = run(update);
     let mut failures = Vec::new();
     if let Unmet::Majors(majors) = wanted {
         for major in majors {
@@ -186,6 +192,21 @@ fn run(mut command: Command) -> Result<()> {
         bail!("{program} ended with {}: {}", output.status, last.into_iter().rev().collect::<Vec<_>>().join(" | "));
     }
     Ok(())
+}
+
+fn on_path(program: &str) -> Result<()> {
+    let directories = env::var_os("PATH").unwrap_or_default();
+    if env::split_paths(&directories).any(|directory| directory.join(program).is_file()) {
+        return Ok(());
+    }
+    bail!("{program} is not installed")
+}
+
+/// A directory that nobody else writes into.
+fn partial(cache: &Path) -> Result<PathBuf> {
+    let path = cache.join(format!("{}.partial", uuid::Uuid::new_v4()));
+    fs::create_dir(&path).with_context(|| format!("creating {}", path.display()))?;
+    Ok(path)
 }
 
 fn on_known_machine() -> Result<()> {

@@ -24,6 +24,7 @@ pub mod proxy;
 pub mod product;
 pub mod pair;
 pub mod cluster;
+pub mod tls;
 pub mod client;
 pub mod binaries;
 mod fetch;

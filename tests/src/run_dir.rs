@@ -5,7 +5,7 @@
 //! a panic, Ctrl-C, SIGTERM or SIGKILL alike. Should the watchdog die too, the next run sweeps.
 
 use std::fs::{self, DirBuilder, File, TryLockError};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -13,6 +13,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result};
+use nix::unistd::Uid;
 
 const PREFIX: &str = "pgcutover-e2e-";
 
@@ -151,7 +152,8 @@ fn sweep(base: &Path) {
     let Ok(entries) = fs::read_dir(base) else { return };
     for entry in entries.flatten() {
         let path = entry.path();
-        if !entry.file_name().to_string_lossy().starts_with(PREFIX) || path.join("keep").exists() {
+        let named = entry.file_name().to_string_lossy().starts_with(PREFIX);
+        if !named || !is_ours(&path) || path.join("keep").exists() {
             continue;
         }
         // No lock file: it is being made right now.
@@ -162,6 +164,11 @@ fn sweep(base: &Path) {
             Err(TryLockError::WouldBlock | TryLockError::Error(_)) => {}
         }
     }
+}
+
+/// A directory of this user: what another one wrote there must not make us kill or remove anything.
+fn is_ours(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir() && meta.uid() == Uid::effective().as_raw())
 }
 
 /// When a process was started, in clock ticks since boot (field 22 of /proc/PID/stat): with the pid it names a process

@@ -34,6 +34,9 @@ const CUTOVER_LIMIT: Duration = Duration::from_secs(60);
 /// Stalls are looked at from this long before proxyctl starts until the load ends.
 const BEFORE_US: i64 = 1_000_000;
 
+/// All clients log in at once; their key derivations (SCRAM) take this machine's time, not the proxy's.
+const SETTLING_US: i64 = 1_000_000;
+
 /// Moves a loaded database from one PostgreSQL server to another of a different major version and says what its
 /// clients noticed.
 ///
@@ -106,6 +109,8 @@ struct Verdict {
     two_sided: usize,
     balanced: bool,
     stall_ms: Stalls,
+    /// The same before the cutover: what this machine does to clients anyway.
+    stall_ms_before: Stalls,
     pause_ms: Option<f64>,
     steps: Vec<StepTime>,
     findings: Json,
@@ -168,17 +173,18 @@ async fn demo(args: &Args) -> Result<Verdict> {
     let half = Duration::from_secs(args.seconds) / 2;
     say(format_args!("load: {} clients and 2 probes for {} s", args.clients, args.seconds));
     let workload = Workload::start(&WorkloadOptions::new(stage.ports(), args.clients)).await?;
+    let started_us = now_us();
     workload.acknowledges(1, CUTOVER_LIMIT).await.context("the load does not get through the proxy")?;
     watch(&workload, half).await;
 
     say("cutover");
-    let from_us = now_us() - BEFORE_US;
+    let times = Times { settled_us: started_us + SETTLING_US, from_us: now_us() - BEFORE_US };
     let control = stage.control.run(&["cutover"], CUTOVER_LIMIT).await?;
     say(format_args!("cutover: proxyctl ended with {}", control.code.unwrap_or(-1)));
     watch(&workload, half).await;
 
     let outcome = workload.stop().await?;
-    let cutover = Cutover::of(&control, from_us);
+    let cutover = Cutover::of(&control, times);
     let audit = stage.audit(&outcome.notes(), cutover.serving()).await?;
     let page = page(args, &stage, &cutover, &outcome).await;
     let mut verdict = verdict(args, &setup, &cutover, &outcome, audit);
@@ -250,13 +256,21 @@ async fn watch(workload: &Workload, time: Duration) {
 /// What proxyctl reported; everything optional, for it may have failed before it could say anything.
 struct Cutover {
     json: Json,
-    /// From when on stalls are looked at.
+    times: Times,
+}
+
+/// What divides the load into before and during, in µs since 1970.
+#[derive(Clone, Copy)]
+struct Times {
+    /// All clients are logged in.
+    settled_us: i64,
+    /// From when on stalls are counted to the cutover.
     from_us: i64,
 }
 
 impl Cutover {
-    fn of(control: &Finished, from_us: i64) -> Cutover {
-        Cutover { json: control.json().unwrap_or_default(), from_us }
+    fn of(control: &Finished, times: Times) -> Cutover {
+        Cutover { json: control.json().unwrap_or_default(), times }
     }
 
     fn text(&self, key: &str) -> Option<&str> {
@@ -286,7 +300,8 @@ impl Cutover {
 
 fn verdict(args: &Args, setup: &Setup, cutover: &Cutover, outcome: &Outcome, audit: Audit) -> Verdict {
     let errors = outcome.errors();
-    let samples = outcome.samples().map(|(_, samples)| samples);
+    let stalls = |from_us, to_us| Stalls::over(outcome.samples().map(|(_, samples)| samples), None, (from_us, to_us));
+    let Times { settled_us, from_us } = cutover.times;
     let seconds = outcome.duration.as_secs_f64();
     let acknowledged = u32::try_from(outcome.acknowledged()).unwrap_or(u32::MAX);
     Verdict {
@@ -304,7 +319,8 @@ fn verdict(args: &Args, setup: &Setup, cutover: &Cutover, outcome: &Outcome, aud
         duplicated: audit.doubled.len() + audit.phantom.len(),
         two_sided: audit.stranded.len() + audit.split.len(),
         balanced: audit.imbalance == 0 && audit.orphaned == 0,
-        stall_ms: Stalls::over(samples, None, (cutover.from_us, i64::MAX)),
+        stall_ms: stalls(from_us, i64::MAX),
+        stall_ms_before: stalls(settled_us, from_us),
         pause_ms: cutover.json.get("pause_ms").and_then(Json::as_f64),
         steps: cutover.steps(),
         findings: cutover.json.get("findings").cloned().unwrap_or_default(),
@@ -363,8 +379,10 @@ fn words(verdict: &Verdict) -> String {
     } else {
         format!("WRONG: {lost} lost, {duplicated} doubled, {} on two sides. {}", verdict.two_sided, verdict.audit)
     });
-    let Stalls { p50, max, .. } = verdict.stall_ms;
-    lines.push(format!("The longest stall of any client was {max:.0} ms, of half of them at most {p50:.0} ms."));
+    let (Stalls { p50, max, .. }, before) = (verdict.stall_ms, verdict.stall_ms_before.max);
+    lines.push(format!(
+        "The longest stall of any client was {max:.0} ms, of half of them at most {p50:.0} ms ({before:.0} ms before the cutover)."
+    ));
     if let Some(pause_ms) = verdict.pause_ms {
         let steps: Vec<String> = verdict.steps.iter().map(|step| format!("{} {:.1}", step.name, step.ms)).collect();
         lines.push(format!("The pause took {pause_ms:.0} ms (steps in ms: {}).", steps.join(", ")));

@@ -11,6 +11,7 @@ use e2e::cluster::{Cluster, ClusterOptions};
 use e2e::faults::{Cut, Direction, Fault, FaultProxy};
 use e2e::ledger::{Audit, Notes, Sides, audit};
 use e2e::pair::{APP, DATABASE, Pair, PairOptions, password};
+use e2e::tls::Authority;
 use e2e::workload::{Workload, WorkloadOptions};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -144,6 +145,19 @@ async fn tampered(client: &Client, sql: &str, notes: Notes) -> Audit {
 async fn one_sided() -> Cluster {
     let options = PairOptions::new(17, 17);
     e2e::pair::single(&Binaries::of(&[17]).unwrap(), &options).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_cluster_offers_tls_with_the_certificate_it_was_given() {
+    let authority = Authority::create().unwrap();
+    let mut options = ClusterOptions::new(17);
+    options.tls = Some(authority.sign("server", &["localhost", "127.0.0.1"]).unwrap());
+    let cluster = Cluster::start(&Binaries::of(&[17]).unwrap(), &options).await.unwrap();
+    let mut wire = e2e::wire::Wire::connect(cluster.port()).await.unwrap();
+    wire.send(&[0, 0, 0, 8, 4, 210, 22, 47]).await.unwrap(); // SSLRequest
+    let mut answer = [0; 1];
+    tokio::io::AsyncReadExt::read_exact(wire.stream(), &mut answer).await.unwrap();
+    assert_eq!(answer, *b"S");
 }
 
 #[test]
