@@ -395,3 +395,6 @@ impl ServerConnection {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;
