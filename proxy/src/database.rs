@@ -1,1 +1,282 @@
-//! placeholder
+//! One database as clients know it: its gate, its route, its pools, and its word in the decision store.
+//!
+//! Invariant: the route moves only while the gate is shut and drained, to where a read decision (or an operator's
+//! force) says; a claimed pause ends only by a decision that this proxy has read itself.
+
+mod blockers;
+mod link;
+mod pause;
+mod refusal;
+mod switch;
+mod verdict;
+mod watch;
+
+pub use blockers::Blocker;
+pub use refusal::{Refusal, Why};
+pub use switch::{Switched, SwitchedBy};
+pub use watch::watch;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use arc_swap::ArcSwap;
+use pgcutover_api::epoch::Epoch;
+use pgcutover_api::store::{Identity, Name};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::backend::{Address, Cleartext, Login, Password, Secret};
+use crate::client::{Client, Clients};
+use crate::config;
+use crate::config::Config;
+use crate::gate::Gate;
+use crate::parameters::Reported;
+use crate::pool::{Pool, Site};
+use crate::route;
+use crate::route::{Active, Durable, Endpoint, Route};
+use crate::tls::{Connector, RootCert};
+
+use link::Link;
+
+/// Switches that are remembered for SHOW SWITCHES.
+const SWITCHES_KEPT: usize = 100;
+
+/// What all databases of the process share.
+#[derive(Clone)]
+pub struct Process {
+    /// The running configuration.
+    pub config: Arc<ArcSwap<Config>>,
+    /// Where tasks are spawned.
+    pub tasks: TaskTracker,
+    /// Cancelled when the process ends.
+    pub closing: CancellationToken,
+    /// The next id of a client or server.
+    pub ids: Arc<AtomicU64>,
+    /// Every client.
+    pub clients: Arc<Clients>,
+    /// Server connections per user over all databases.
+    pub user_connections: Arc<Mutex<BTreeMap<Box<[u8]>, Arc<AtomicU32>>>>,
+    /// This instance's name in the decision stores.
+    pub instance: Arc<str>,
+    /// Where its console can be reached.
+    pub address: Arc<Mutex<String>>,
+}
+
+/// A declared backend with its parsed address.
+#[derive(Clone)]
+struct Declared {
+    settings: config::Backend,
+    endpoint: Arc<Endpoint>,
+}
+
+/// One database.
+pub struct Database {
+    /// Gate, route, and what the pools share.
+    pub site: Arc<Site>,
+    process: Process,
+    name: Option<Name>,
+    declared: ArcSwap<BTreeMap<String, Declared>>,
+    pools: Mutex<BTreeMap<Box<[u8]>, Arc<Pool>>>,
+    /// Cleared by DISABLE.
+    admits: AtomicBool,
+    switches: Mutex<VecDeque<Switched>>,
+    links: Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<Link>>>>,
+    /// What each backend said of itself, when its control login last read it.
+    identities: Mutex<BTreeMap<String, Identity>>,
+    /// The welcome of users that no server has welcomed yet.
+    welcome: ArcSwap<Option<Arc<Reported>>>,
+    /// Whether the last look into the store succeeded.
+    store_answers: AtomicBool,
+    /// One change of the route at a time.
+    moving: tokio::sync::Mutex<()>,
+}
+
+impl Database {
+    /// A database that starts where its durable route points, or at the configured backend.
+    ///
+    /// # Errors
+    /// The reason, for the configuration's error: a damaged route file, a route to a backend that is not declared, or
+    /// TLS settings that can't be.
+    pub fn start(name: &str, process: Process) -> Result<Arc<Self>, String> {
+        let config = process.config.load_full();
+        let settings = config.databases.get(name).ok_or("is not declared")?;
+        let declared = declare(settings)?;
+        let file = route::file(&config.general.state_dir, name);
+        let durable = route::load(&file).map_err(|error| error.to_string())?;
+        let Durable { backend, epoch } =
+            durable.unwrap_or(Durable { backend: settings.active.clone(), epoch: Epoch::ZERO });
+        let Some(active) = declared.get(&backend) else {
+            return Err(format!(
+                "traffic was switched to the backend '{backend}' (epoch {epoch}), which is not declared any more; declare it"
+            ));
+        };
+        if backend != settings.active {
+            tracing::warn!(database = name, configured = %settings.active, active = %backend, %epoch,
+                "the configuration's `active` differs from the durable route, which wins");
+        }
+        let active =
+            Active { backend: backend.as_str().into(), endpoint: Arc::clone(&active.endpoint), epoch, generation: 1 };
+        let site = Arc::new(Site {
+            database: name.into(),
+            route: Route::new(active, file),
+            gate: Arc::new(Gate::default()),
+            config: Arc::clone(&process.config),
+            tasks: process.tasks.clone(),
+            ids: Arc::clone(&process.ids),
+            connections: Arc::default(),
+            servers: Mutex::default(),
+        });
+        Ok(Arc::new(Self {
+            site,
+            name: Name::new(name).ok(),
+            process,
+            declared: ArcSwap::from_pointee(declared),
+            pools: Mutex::default(),
+            admits: AtomicBool::new(true),
+            switches: Mutex::default(),
+            links: Mutex::default(),
+            identities: Mutex::default(),
+            welcome: ArcSwap::from_pointee(None),
+            store_answers: AtomicBool::new(false),
+            moving: tokio::sync::Mutex::default(),
+        }))
+    }
+
+    /// The route's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.site.database
+    }
+
+    /// The pool of a user, which logs in to servers with what the user's login taught us.
+    pub fn pool(&self, user: &[u8], secret: Secret) -> Arc<Pool> {
+        let login = Login { user: user.into(), secret, settings: Vec::new() };
+        let mut pools = lock(&self.pools);
+        if let Some(pool) = pools.get(user) {
+            pool.learn(login);
+            return Arc::clone(pool);
+        }
+        let open = Arc::clone(lock(&self.process.user_connections).entry(user.into()).or_default());
+        let pool = Pool::new(Arc::clone(&self.site), user, open, login);
+        pools.insert(user.into(), Arc::clone(&pool));
+        pool
+    }
+
+    /// Every pool.
+    #[must_use]
+    pub fn pools(&self) -> Vec<Arc<Pool>> {
+        lock(&self.pools).values().cloned().collect()
+    }
+
+    /// Clients of this database.
+    #[must_use]
+    pub fn clients(&self) -> Vec<Arc<Client>> {
+        let mut all = self.process.clients.all();
+        all.retain(|client| *client.who.database == *self.site.database);
+        all
+    }
+
+    /// Whether new logins are admitted.
+    #[must_use]
+    pub fn admits(&self) -> bool {
+        self.admits.load(Ordering::Acquire)
+    }
+
+    /// DISABLE and ENABLE.
+    pub fn set_admits(&self, admits: bool) {
+        self.admits.store(admits, Ordering::Release);
+    }
+
+    /// Whether the control login works.
+    #[must_use]
+    pub fn store_answers(&self) -> bool {
+        self.store_answers.load(Ordering::Acquire)
+    }
+
+    /// What a backend said of itself.
+    #[must_use]
+    pub fn identity(&self, backend: &str) -> Option<Identity> {
+        lock(&self.identities).get(backend).cloned()
+    }
+
+    /// What a user whom no server has welcomed yet is told at login; the differences follow with its first transaction.
+    #[must_use]
+    pub fn welcome(&self) -> Option<Arc<Reported>> {
+        self.welcome.load().as_ref().clone()
+    }
+
+    /// Takes over a new configuration of this database. An active backend whose address changes moves here: nobody
+    /// fenced it, so it goes through a pause of its own.
+    ///
+    /// # Errors
+    /// The reason; nothing has changed then.
+    pub async fn reload(&self, settings: &config::Database) -> Result<(), String> {
+        let declared = declare(settings)?;
+        let active = self.site.route.active();
+        let Some(now) = declared.get(&*active.backend) else {
+            return Err(format!("the active backend '{}' is not declared any more", active.backend));
+        };
+        let moved = self.declared.load().get(&*active.backend).is_none_or(|before| before.settings != now.settings);
+        if moved {
+            self.move_address(&active, Arc::clone(&now.endpoint)).await?;
+        }
+        if *active.backend != settings.active {
+            tracing::warn!(database = %self.site.database, configured = %settings.active, active = %active.backend,
+                "the configuration's `active` differs from the route, which wins");
+        }
+        lock(&self.links).clear();
+        self.declared.store(Arc::new(declared));
+        Ok(())
+    }
+
+    fn endpoint(&self, backend: &str) -> Option<Arc<Endpoint>> {
+        self.declared.load().get(backend).map(|declared| Arc::clone(&declared.endpoint))
+    }
+
+    /// The declared backends and their settings.
+    #[must_use]
+    pub fn backends(&self) -> Vec<(String, config::Backend)> {
+        self.declared.load().iter().map(|(name, declared)| (name.clone(), declared.settings.clone())).collect()
+    }
+}
+
+fn declare(settings: &config::Database) -> Result<BTreeMap<String, Declared>, String> {
+    settings
+        .backends
+        .iter()
+        .map(|(name, backend)| {
+            let address = address(backend).map_err(|reason| format!("backends.{name}: {reason}"))?;
+            let forced = backend.user.as_ref().map(|user| Login {
+                user: user.as_bytes().into(),
+                secret: password(backend.password.as_deref()),
+                settings: Vec::new(),
+            });
+            let endpoint = Arc::new(Endpoint { address: Arc::new(address), forced });
+            Ok((name.clone(), Declared { settings: backend.clone(), endpoint }))
+        })
+        .collect()
+}
+
+fn address(backend: &config::Backend) -> Result<Address, String> {
+    let root = backend.sslrootcert.as_deref().map(|root| match root {
+        "system" => RootCert::System,
+        file => RootCert::File(file.into()),
+    });
+    Ok(Address {
+        host: backend.host.as_str().into(),
+        port: backend.port,
+        dbname: backend.dbname.as_bytes().into(),
+        tls: Connector::new(backend.sslmode, root.as_ref()).map_err(|error| error.to_string())?,
+        cleartext: Cleartext::Protected,
+    })
+}
+
+fn password(text: Option<&str>) -> Secret {
+    text.map_or(Secret::None, |text| Secret::Password(Password::new(text.as_bytes())))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing under these locks panics half way through a change.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use pgcutover_api::command::EpochPause;
 use pgcutover_api::epoch::Claim;
 use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 
 /// The gate of one database.
 #[derive(Debug, Default)]
@@ -263,10 +264,9 @@ impl Gate {
         }
     }
 
-    /// Waits until something about the pause changes. Cancel safe; may wake without a change. Ended by the next change;
-    /// the watch adds its own clock.
-    pub async fn changed(&self) {
-        self.moved.notified().await;
+    /// The next change of the pause, or of its drain. Enable it before reading the state that it may change.
+    pub fn change(&self) -> Notified<'_> {
+        self.moved.notified()
     }
 
     fn admitted(self: &Arc<Self>, client: u64) -> Option<Pass> {

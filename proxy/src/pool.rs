@@ -331,12 +331,12 @@ impl Pool {
     }
 
     async fn connect(&self, active: &Active, place: Place, worker: usize) -> Result<Box<Pooled>, ConnectError> {
-        let login = lock(&self.login).clone();
+        let login = active.endpoint.forced.clone().unwrap_or_else(|| lock(&self.login).clone());
         let limit = self.site.config.load().general.server_connect_timeout;
-        let server = backend::connect(&active.address, &login, tokio::time::Instant::now() + limit).await?;
+        let server = backend::connect(&active.endpoint.address, &login, tokio::time::Instant::now() + limit).await?;
         let id = self.site.ids.fetch_add(1, Ordering::Relaxed);
         let shared =
-            Server::new(id, &server, Arc::clone(&active.address), &active.backend, &login.user, &self.site.database);
+            Server::new(id, &server, Arc::clone(&active.endpoint.address), &active.backend, &login.user, &self.site.database);
         lock(&self.site.servers).insert(id, Arc::downgrade(&shared));
         let initial = Arc::new(server.parameters.clone());
         Ok(Box::new(Pooled {

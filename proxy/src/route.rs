@@ -15,15 +15,24 @@ use pgcutover_api::epoch::Epoch;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::backend::Address;
+use crate::backend::{Address, Login};
+
+/// Where a declared backend is, and who logs in there.
+#[derive(Debug, Clone)]
+pub struct Endpoint {
+    /// Where it is.
+    pub address: Arc<Address>,
+    /// The one user that all clients become there; `None`: each its own.
+    pub forced: Option<Login>,
+}
 
 /// The active backend of a database.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Active {
     /// Its name in the configuration.
     pub backend: Box<str>,
     /// Where it is.
-    pub address: Arc<Address>,
+    pub endpoint: Arc<Endpoint>,
     /// The epoch that made it active; zero before any cutover.
     pub epoch: Epoch,
     /// Grows with every switch, RECONNECT and change of address: connections of an older generation are retired.
@@ -139,18 +148,18 @@ impl Route {
     /// # Errors
     /// The switch has happened all the same: a file that can't be written is an alarm, it does not stop a decided
     /// switch. After a restart the decision store says where traffic belongs.
-    pub fn switch(&self, backend: &str, address: Arc<Address>, epoch: Epoch) -> Result<(), RouteError> {
+    pub fn switch(&self, backend: &str, endpoint: Arc<Endpoint>, epoch: Epoch) -> Result<(), RouteError> {
         let generation = self.generation() + 1;
-        self.active.store(Arc::new(Active { backend: backend.into(), address, epoch, generation }));
+        self.active.store(Arc::new(Active { backend: backend.into(), endpoint, epoch, generation }));
         store(&self.file, &Durable { backend: backend.to_owned(), epoch })
     }
 
     /// Retires the present connections: their backend stays, at a possibly new address.
-    pub fn renew(&self, address: Arc<Address>) {
+    pub fn renew(&self, endpoint: Arc<Endpoint>) {
         let active = self.active.load();
         self.active.store(Arc::new(Active {
             backend: active.backend.clone(),
-            address,
+            endpoint,
             epoch: active.epoch,
             generation: active.generation + 1,
         }));

@@ -96,7 +96,10 @@ impl Session {
         self.client.link(&lease.pooled.shared);
         let outcome = self.relay(lease).await;
         let ended_at = Instant::now();
-        self.client.unlink();
+        // A kept server stays linked: its client's cancels are its own affair, and it is listed as a blocker.
+        if self.client.who.pool_mode == PoolMode::Transaction {
+            self.client.unlink();
+        }
         self.client.enter(State::Idle, ended_at);
         let (lease, end, moved) = outcome?;
         self.count(moved, micros(ended_at - begun_at));
@@ -340,6 +343,7 @@ impl Session {
             let _ = tokio::time::timeout(LAST_WORD, self.stream.write_all(&bytes)).await;
             let _ = tokio::time::timeout(LAST_WORD, self.stream.shutdown()).await;
         }
+        self.client.unlink();
         let Some(mut kept) = self.kept.take() else { return };
         if matches!(farewell, Farewell::ServerGone(_)) {
             return kept.close();

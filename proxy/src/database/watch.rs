@@ -1,0 +1,177 @@
+//! The proxy looks for itself: what the store says (R9), and what becomes of a lease that ends (R8).
+//!
+//! Invariant: no lease of an epoch pause ends otherwise than through decide(abort); while nobody answers the gate stays
+//! shut, and clients are shed by their own hold budget.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use pgcutover_api::command::EpochPause;
+use pgcutover_api::epoch::Claim;
+use pgcutover_api::store::{Decision, Member, Outcome};
+
+use crate::database::Database;
+use crate::database::link::Silence;
+use crate::database::verdict::{Verdict, verdict};
+use crate::gate::Pause;
+
+/// How often a proxy reads the store of its active backend.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// How soon an ended lease that nobody could decide is asked about again.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
+
+/// Watches one database until the process ends.
+pub async fn watch(database: Arc<Database>) {
+    let closing = database.process.closing.clone();
+    // Ended by the process.
+    tokio::select! {
+        () = closing.cancelled() => {}
+        () = database.watch_forever() => {}
+    }
+}
+
+impl Database {
+    async fn watch_forever(self: &Arc<Self>) {
+        let mut look_at = Instant::now();
+        loop {
+            // Enabled before anything is read: a pause that begins meanwhile wakes us for its lease.
+            let change = self.site.gate.change();
+            tokio::pin!(change);
+            change.as_mut().enable();
+            let now = Instant::now();
+            if now >= look_at {
+                self.look().await;
+                look_at = Instant::now() + LOOK;
+            }
+            let asked_again = self.settle_ended_lease().await;
+            let lease_ends = self.site.gate.pause().and_then(|pause| pause.lease_ends);
+            let next = match (asked_again, lease_ends) {
+                (Settled::No, _) => look_at.min(Instant::now() + ASK_AGAIN),
+                (Settled::Yes, Some(end)) => look_at.min(end),
+                (Settled::Yes, None) => look_at,
+            };
+            tokio::select! {
+                () = tokio::time::sleep_until(next.into()) => {}
+                () = &mut change => {}
+            }
+        }
+    }
+
+    /// R9: one look at the active backend's store, and what follows from it.
+    pub(super) async fn look(self: &Arc<Self>) {
+        let active = self.site.route.active();
+        let view = match self.view(&active.backend).await {
+            Ok(view) => view,
+            Err(silence) => {
+                // Without a store nothing is armed, and the control login works all the same.
+                let answers = silence.is_unarmed();
+                self.note_answer(answers, &silence);
+                return;
+            }
+        };
+        self.store_answers.store(true, Ordering::Release);
+        let pause = self.site.gate.pause();
+        match verdict(active.epoch, pause.as_ref().and_then(|pause| pause.epoch.as_ref()), &view) {
+            Verdict::Rest => {}
+            Verdict::Hold(open) => {
+                let claim = Claim { run: open.run, epoch: open.epoch };
+                tracing::warn!(database = %self.name(), %claim, "an epoch is open that nobody told us of: holding");
+                // Paused by an admin already: held all the same, and the next look tries again.
+                let _ = self.shut(self.own_hold(claim, &open.target));
+            }
+            Verdict::Follow(commit) => self.follow_or_log(&commit).await,
+            Verdict::Resume => {
+                if let Some(pause) = pause {
+                    self.open(&pause);
+                }
+            }
+        }
+        self.enrol_member().await;
+    }
+
+    fn note_answer(&self, answers: bool, silence: &Silence) {
+        let before = self.store_answers.swap(answers, Ordering::AcqRel);
+        if before && !answers {
+            tracing::warn!(database = %self.name(), %silence, "the decision store can't be read");
+        }
+    }
+
+    async fn follow_or_log(self: &Arc<Self>, commit: &Decision) {
+        if let Err(refusal) = self.follow(commit).await {
+            tracing::error!(database = %self.name(), epoch = %commit.epoch, target = %commit.target, refusal = %refusal.message,
+                "a committed epoch can't be followed yet: holding");
+        }
+    }
+
+    async fn enrol_member(&self) {
+        let active = self.site.route.active();
+        let member = Member {
+            instance: self.process.instance.to_string(),
+            address: crate::database::lock(&self.process.address).clone(),
+            backend: active.backend.to_string(),
+            route_epoch: active.epoch,
+            paused_epoch: self.site.gate.pause().and_then(|pause| pause.claim()).map(|claim| claim.epoch),
+            seen_ms_ago: 0,
+        };
+        if let Err(error) = self.enroll(&active.backend, &member).await {
+            tracing::warn!(database = %self.name(), %error, "this proxy could not enrol itself as a member");
+        }
+    }
+
+    /// R8: what becomes of a lease that has ended.
+    pub(super) async fn settle_ended_lease(self: &Arc<Self>) -> Settled {
+        let ended = |pause: &Pause| pause.lease_ends.is_some_and(|end| end <= Instant::now());
+        let Some(pause) = self.site.gate.pause().filter(ended) else { return Settled::Yes };
+        let Some(epoch) = &pause.epoch else {
+            tracing::warn!(database = %self.name(), owner = %pause.owner, "the lease of a pause has ended: resuming");
+            self.open(&pause);
+            return Settled::Yes;
+        };
+        match self.outcome_of(epoch).await {
+            Some(Outcome::Abort) => {
+                tracing::warn!(database = %self.name(), claim = %epoch.claim, "the lease has ended and the epoch is aborted: resuming on the source");
+                self.open(&pause);
+                Settled::Yes
+            }
+            Some(Outcome::Commit) => {
+                let Claim { run, epoch: number } = epoch.claim;
+                let commit = Decision { epoch: number, run, outcome: Outcome::Commit, target: epoch.target.clone() };
+                self.follow_or_log(&commit).await;
+                if self.site.gate.is_shut() { Settled::No } else { Settled::Yes }
+            }
+            None => Settled::No,
+        }
+    }
+
+    /// decide(abort) on the source; where it is silent, or no longer the same server (R14), evidence on the target.
+    async fn outcome_of(&self, epoch: &EpochPause) -> Option<Outcome> {
+        match self.decide_abort(epoch).await {
+            Ok(outcome) => return Some(outcome),
+            Err(silence) => {
+                tracing::warn!(database = %self.name(), claim = %epoch.claim, %silence, "the epoch can't be decided: holding");
+            }
+        }
+        let evidence = self.view(&epoch.target).await.ok()?.last_commit?;
+        (evidence.epoch == epoch.claim.epoch && evidence.run == epoch.claim.run).then_some(Outcome::Commit)
+    }
+
+    async fn decide_abort(&self, epoch: &EpochPause) -> Result<Outcome, Silence> {
+        let before = self.identity(&epoch.source);
+        let now = self.identify(&epoch.source).await?;
+        if before.is_some_and(|b| (b.system_identifier, b.timeline) != (now.system_identifier, now.timeline)) {
+            return Err(Silence::Replaced(now.system_identifier, now.timeline));
+        }
+        self.decide(&epoch.source, &self.turn(epoch.claim)?, Outcome::Abort).await
+    }
+}
+
+/// Whether an ended lease has found its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Settled {
+    /// Nothing to do, or done.
+    Yes,
+    /// Nobody answered: ask again.
+    No,
+}
