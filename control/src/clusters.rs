@@ -17,7 +17,7 @@ use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
 
 pub use crate::clusters::barrier::{BarrierError, Passed, PreparedTransaction, Writer};
 pub use crate::clusters::replication::{
-    CatchUpError, CaughtUp, Coverage, Lag, Lsn, PublishedTable, SlotState, Subscription, TableState, uncovered,
+    CatchUpError, CaughtUp, Coverage, Extent, Lag, Lsn, PublishedTable, SlotState, Subscription, TableState, uncovered,
 };
 pub use crate::clusters::sequences::{Position, Sequence, SequenceDrift, Setting, drift};
 pub use crate::clusters::store::{Certainty, DecideError};

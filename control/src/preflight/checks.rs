@@ -27,6 +27,7 @@ pub fn checks(facts: &Facts) -> Vec<Finding> {
         replication::subscriptions,
         replication::slots,
         replication::publication,
+        replication::sentinel,
         replication::lag,
         data::table_rights,
         data::replica_identity,
@@ -48,6 +49,14 @@ pub fn checks(facts: &Facts) -> Vec<Finding> {
 /// The findings, or one that says that all is well.
 fn or_green(check: &str, object: &str, well: &str, found: Vec<Finding>) -> Vec<Finding> {
     if found.is_empty() { vec![Finding::green(check, object, well)] } else { found }
+}
+
+/// How a finding is made once its words are owned.
+type Make = fn(&str, String, String, String) -> Finding;
+
+/// Red where it stops a cutover, yellow where it is worth a word.
+fn red_if(stops: bool) -> Make {
+    if stops { Finding::red } else { Finding::yellow }
 }
 
 /// Up to five names, and how many more.

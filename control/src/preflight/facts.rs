@@ -8,8 +8,8 @@ use pgcutover_api::store::{Gate, Identity, Member, Name, literal};
 use uuid::Uuid;
 
 use crate::clusters::{
-    BadCell, Cells, Cluster, ClusterError, Clusters, PreparedTransaction, PublishedTable, Sequence, SlotState, Subscription,
-    TableFacts, TableState,
+    BadCell, Cells, Cluster, ClusterError, Clusters, PreparedTransaction, PublishedTable, Sequence, SlotState,
+    Subscription, TableFacts, TableState,
 };
 
 /// What the caller wants to know, and what it knows already.
@@ -133,6 +133,10 @@ pub struct ReplicationFacts {
     pub published: Vec<PublishedTable>,
     /// On the source.
     pub slots: Vec<SlotState>,
+    /// Publications of the source whose owner's rights our login lacks.
+    pub publications_of_others: Vec<String>,
+    /// Subscriptions of the target whose owner's rights our login lacks.
+    pub subscriptions_of_others: Vec<String>,
 }
 
 /// One server.
@@ -267,8 +271,25 @@ async fn replication(clusters: &Clusters, inquiry: &Inquiry) -> Result<Replicati
     let states = clusters.target.table_states(&subscriptions, limit).await?;
     let published = clusters.source.published(&subscriptions, limit).await?;
     let slots = clusters.source.slots(&subscriptions, limit).await?;
-    Ok(ReplicationFacts { subscriptions, missing, states, published, slots })
+    let name = |row: &Cells<'_>| row.text("name");
+    let publications_of_others = clusters.source.list("publications", PUBLICATIONS_OF_OTHERS, limit, name).await?;
+    let subscriptions_of_others = clusters.target.list("subscriptions", SUBSCRIPTIONS_OF_OTHERS, limit, name).await?;
+    Ok(ReplicationFacts {
+        subscriptions,
+        missing,
+        states,
+        published,
+        slots,
+        publications_of_others,
+        subscriptions_of_others,
+    })
 }
+
+const PUBLICATIONS_OF_OTHERS: &str =
+    "SELECT p.pubname AS name FROM pg_publication p WHERE NOT pg_has_role(p.pubowner, 'USAGE') ORDER BY 1";
+const SUBSCRIPTIONS_OF_OTHERS: &str = "SELECT s.subname AS name FROM pg_subscription s \
+    WHERE s.subdbid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database()) \
+      AND NOT pg_has_role(s.subowner, 'USAGE') ORDER BY 1";
 
 async fn cluster(cluster: &Cluster, inquiry: &Inquiry) -> Result<ClusterFacts, ClusterError> {
     let limit = inquiry.limit;
@@ -417,7 +438,9 @@ async fn store(cluster: &Cluster, limit: Duration) -> Result<Option<StoreFacts>,
         let owner = row.text("owner")?;
         let lacks = match (row.flag("ours")?, row.flag("reads")?) {
             (false, _) => Some(format!("our login has not the rights of its owner {owner}")),
-            (true, false) => Some(format!("its owner {owner} has not pg_read_all_stats: its gates would stop apply workers")),
+            (true, false) => {
+                Some(format!("its owner {owner} has not pg_read_all_stats: its gates would stop apply workers"))
+            }
             (true, true) => None,
         };
         Ok((owner, lacks))

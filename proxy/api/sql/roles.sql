@@ -18,9 +18,12 @@ CREATE ROLE pgcutover LOGIN REPLICATION PASSWORD 'change me';
 GRANT pg_monitor TO pgcutover;
 GRANT CONNECT, CREATE ON DATABASE :"db" TO pgcutover;
 GRANT :"owner" TO pgcutover;
--- SCRAM verifiers of both sides are compared. Leave this out where a hidden pg_authid matters more than a green
--- preflight: proxyctl then reports the check as red until every user is logged in once through both servers.
-GRANT SELECT ON pg_catalog.pg_authid TO pgcutover;
+-- SCRAM verifiers of both sides are compared. Where pg_authid has to stay hidden leave this out: preflight is then red for
+-- every user that no proxy has logged in to the target.
+GRANT SELECT (rolname, rolpassword) ON pg_catalog.pg_authid TO pgcutover;
+-- Not grantable, so done by hand, unless pgcutover owns them: the publication (source) needs pgcutover.sentinel and
+-- pgcutover.heartbeat, the subscription (target) a REFRESH PUBLICATION WITH (copy_data = false) afterwards. Before
+-- PostgreSQL 16 only superusers own subscriptions; from 16 on: GRANT pg_create_subscription TO pgcutover.
 
 -- The proxies' control login: it reads and records decisions, and nothing else.
 -- Its rights on the store are granted by proxyctl (policy.proxy_role).

@@ -45,11 +45,16 @@ pub(super) fn unreplicated(facts: &Facts) -> Vec<Finding> {
         facts.source.tables.iter().filter(|t| t.kind == TableKind::Unlogged).map(|t| t.full_name()).collect();
     let kinds = [
         ("unlogged tables", &unlogged, "Their rows stay behind: copy them, or make them logged."),
-        ("foreign tables", &facts.source.foreign_tables, "Create them on the target; writes through them are not fenced."),
+        (
+            "foreign tables",
+            &facts.source.foreign_tables,
+            "Create them on the target; writes through them are not fenced.",
+        ),
         ("materialized views", &facts.source.materialized_views, "REFRESH them on the target before the cutover."),
     ];
     let listed = kinds.into_iter().filter(|(_, names, _)| !names.is_empty());
-    let found = listed.map(|(kind, names, fix)| Finding::yellow(CHECK, some(names), format!("{kind} are not replicated"), fix));
+    let found =
+        listed.map(|(kind, names, fix)| Finding::yellow(CHECK, some(names), format!("{kind} are not replicated"), fix));
     or_green(CHECK, "source", "nothing that replication leaves out", found.collect())
 }
 
@@ -59,8 +64,10 @@ pub(super) fn large_objects(facts: &Facts) -> Vec<Finding> {
     if count == 0 {
         return vec![Finding::green(CHECK, "source", "none")];
     }
-    let problem = format!("has {count} large objects: logical replication does not carry them, the gate does not see them");
-    let fix = "Move them into bytea columns, or SELECT lo_unlink(oid) FROM pg_largeobject_metadata; if they are orphans.";
+    let problem =
+        format!("has {count} large objects: logical replication does not carry them, the gate does not see them");
+    let fix =
+        "Move them into bytea columns, or SELECT lo_unlink(oid) FROM pg_largeobject_metadata; if they are orphans.";
     vec![Finding::red(CHECK, format!("database {}", facts.source.database), problem, fix)]
 }
 
@@ -113,7 +120,12 @@ pub(super) fn target_triggers(facts: &Facts) -> Vec<Finding> {
         return vec![Finding::green(CHECK, "target", "none fires in apply workers")];
     }
     let problem = "fire for replicated rows too: their effects come twice";
-    vec![Finding::yellow(CHECK, some(names), problem, "ALTER TABLE ... ENABLE TRIGGER (not ALWAYS, not REPLICA) on the target.")]
+    vec![Finding::yellow(
+        CHECK,
+        some(names),
+        problem,
+        "ALTER TABLE ... ENABLE TRIGGER (not ALWAYS, not REPLICA) on the target.",
+    )]
 }
 
 pub(super) fn type_oids(facts: &Facts) -> Vec<Finding> {
@@ -125,6 +137,7 @@ pub(super) fn type_oids(facts: &Facts) -> Vec<Finding> {
         return vec![Finding::green(CHECK, "target", "user-defined types have the same numbers")];
     }
     let problem = "have other oids on the target: a driver that remembers them reads or sends the wrong type";
-    let fix = "Have clients that use them in binary reconnect after the cutover, or build the target with the same oids.";
+    let fix =
+        "Have clients that use them in binary reconnect after the cutover, or build the target with the same oids.";
     vec![Finding::yellow(CHECK, some(&other), problem, fix)]
 }

@@ -3,7 +3,7 @@
 //! Invariant: pure; a verifier that can't be compared is red unless a login through every proxy has proved it.
 
 use crate::finding::Finding;
-use crate::preflight::checks::or_green;
+use crate::preflight::checks::{Make, or_green, red_if};
 use crate::preflight::facts::{ClusterFacts, Control, Facts, LoginRole, Session, Verdict, Verifiers};
 
 /// A member that has not been seen for so long is gone: it writes once a second.
@@ -13,7 +13,8 @@ pub(super) fn old_transactions(facts: &Facts) -> Vec<Finding> {
     const CHECK: &str = "old_transactions";
     let limit = i64::try_from(facts.limits.transaction_age_max.as_millis()).unwrap_or(i64::MAX);
     let old = |cluster: &ClusterFacts| -> Vec<Session> {
-        let counts = |s: &&Session| s.backend_type.as_deref() != Some("walsender") && s.transaction_age_ms > Some(limit);
+        let counts =
+            |s: &&Session| s.backend_type.as_deref() != Some("walsender") && s.transaction_age_ms > Some(limit);
         cluster.sessions.iter().filter(counts).cloned().collect()
     };
     let mut found = Vec::new();
@@ -25,7 +26,7 @@ pub(super) fn old_transactions(facts: &Facts) -> Vec<Finding> {
         let object = format!("target {}", who(&session));
         let fix = format!("Wait for it, or SELECT pg_terminate_backend({}); on the target.", session.pid);
         // Creating a slot waits for every running transaction; nothing else on the target does.
-        let level: fn(&str, String, String, String) -> Finding = if facts.limits.way_back { Finding::red } else { Finding::yellow };
+        let level = red_if(facts.limits.way_back);
         found.push(level(CHECK, object, age(&session), fix));
     }
     or_green(CHECK, facts.db.as_str(), &format!("none older than {limit} ms"), found)
@@ -50,7 +51,8 @@ pub(super) fn prepared_transactions(facts: &Facts) -> Vec<Finding> {
     for (side, cluster) in [("source", &facts.source), ("target", &facts.target)] {
         for prepared in &cluster.prepared {
             let object = format!("{side} transaction '{}'", prepared.gid);
-            let problem = format!("was prepared by {} {} ms ago; it passes every fence", prepared.owner, prepared.age_ms);
+            let problem =
+                format!("was prepared by {} {} ms ago; it passes every fence", prepared.owner, prepared.age_ms);
             let fix = format!("COMMIT PREPARED or ROLLBACK PREPARED '{}'; on the {side}.", prepared.gid);
             found.push(Finding::red(CHECK, object, problem, fix));
         }
@@ -76,11 +78,19 @@ fn verifier_of(facts: &Facts, role: &LoginRole, check: &str) -> Option<Finding> 
     });
     if let Some(words) = refused {
         let fix = "Give it on the target the password verifier, rights and CONNECT that it has on the source.";
-        return Some(Finding::red(check, object, format!("the target refused its login through a proxy: {words}"), fix));
+        return Some(Finding::red(
+            check,
+            object,
+            format!("the target refused its login through a proxy: {words}"),
+            fix,
+        ));
     }
     let Some(there) = facts.target.logins.iter().find(|other| other.name == role.name) else {
-        let fix = format!("CREATE ROLE \"{}\" LOGIN on the target, with the verifier of the source, and GRANT CONNECT.", role.name);
-        return Some(worst_for(role, seen(&verdicts))(check, object.into(), "may not log in to the target".into(), fix.into()));
+        let fix = format!(
+            "CREATE ROLE \"{}\" LOGIN on the target, with the verifier of the source, and GRANT CONNECT.",
+            role.name
+        );
+        return Some(worst_for(role, seen(&verdicts))(check, object, "may not log in to the target".to_owned(), fix));
     };
     // The proxies log in themselves as this one, with a password of their own configuration.
     if seen(&verdicts) || role.name == facts.limits.proxy_role {
@@ -94,9 +104,10 @@ fn verifier_of(facts: &Facts, role: &LoginRole, check: &str) -> Option<Finding> 
     if role.verifier == there.verifier {
         return None;
     }
-    let fix = format!("ALTER ROLE \"{}\" PASSWORD '...' on the target, with rolpassword of the source verbatim.", role.name);
+    let fix =
+        format!("ALTER ROLE \"{}\" PASSWORD '...' on the target, with rolpassword of the source verbatim.", role.name);
     let problem = "its password verifier differs: logins through the proxy would be refused";
-    Some(worst_for(role, false)(check, object.into(), problem.into(), fix.into()))
+    Some(worst_for(role, false)(check, object, problem.to_owned(), fix))
 }
 
 /// Whether it was let in, by every proxy that tried.
@@ -104,11 +115,9 @@ fn seen(verdicts: &[&Verdict]) -> bool {
     !verdicts.is_empty() && verdicts.iter().all(|verdict| **verdict == Verdict::In)
 }
 
-type Make = fn(&str, String, String, String) -> Finding;
-
 /// A role that applications do not use is worth a word; any other stops the cutover.
 fn worst_for(role: &LoginRole, is_used: bool) -> Make {
-    if role.is_administrative && !is_used { Finding::yellow } else { Finding::red }
+    red_if(is_used || !role.is_administrative)
 }
 
 pub(super) fn bypass(facts: &Facts) -> Vec<Finding> {
@@ -122,7 +131,12 @@ pub(super) fn bypass(facts: &Facts) -> Vec<Finding> {
     };
     let found = facts.source.sessions.iter().filter(stranger).map(|session| {
         let problem = "is connected past the proxies: from the fence on its writes are refused";
-        Finding::yellow(CHECK, format!("source {}", who(session)), problem, "Point it at a proxy, if it writes or must move.")
+        Finding::yellow(
+            CHECK,
+            format!("source {}", who(session)),
+            problem,
+            "Point it at a proxy, if it writes or must move.",
+        )
     });
     or_green(CHECK, "source", "every client comes through a proxy", found.collect())
 }

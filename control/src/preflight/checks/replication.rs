@@ -17,7 +17,12 @@ pub(super) fn subscriptions(facts: &Facts) -> Vec<Finding> {
     }
     if of.subscriptions.is_empty() {
         let problem = format!("database {} has no subscription", facts.target.database);
-        found.push(Finding::red(CHECK, "target", problem, "CREATE SUBSCRIPTION on the target, and let it copy the tables."));
+        found.push(Finding::red(
+            CHECK,
+            "target",
+            problem,
+            "CREATE SUBSCRIPTION on the target, and let it copy the tables.",
+        ));
     }
     for subscription in &of.subscriptions {
         let object = format!("subscription {}", subscription.name);
@@ -77,6 +82,47 @@ pub(super) fn publication(facts: &Facts) -> Vec<Finding> {
         })
         .collect();
     or_green(CHECK, "source", "every table is published and subscribed, whole", found)
+}
+
+/// Whether S0 can have its sentinel published and subscribed, where it is not yet.
+pub(super) fn sentinel(facts: &Facts) -> Vec<Finding> {
+    const CHECK: &str = "sentinel";
+    let of = &facts.replication;
+    let own = ["pgcutover.heartbeat", "pgcutover.sentinel"];
+    let mut found = Vec::new();
+    for subscription in &of.subscriptions {
+        let publishes = |table: &str| {
+            of.published.iter().any(|p| p.table == table && subscription.publications.contains(&p.publication))
+        };
+        let is_of_all = of.published.iter().any(|p| p.is_of_all && subscription.publications.contains(&p.publication));
+        let knows = |table: &str| of.states.iter().any(|s| s.table == table && s.subscription == subscription.name);
+        let foreign = subscription.publications.iter().find(|name| of.publications_of_others.contains(name));
+        if let (Some(publication), false) = (foreign, is_of_all || own.iter().all(|table| publishes(table))) {
+            let fix = format!(
+                "proxyctl objects, then as its owner: ALTER PUBLICATION {publication} ADD TABLE {};",
+                own.join(", ")
+            );
+            found.push(Finding::red(
+                CHECK,
+                format!("publication {publication}"),
+                "our login may not add the sentinel to it",
+                fix,
+            ));
+        }
+        if of.subscriptions_of_others.contains(&subscription.name) && !own.iter().all(|table| knows(table)) {
+            let name = &subscription.name;
+            let fix = format!(
+                "proxyctl objects, then as its owner: ALTER SUBSCRIPTION {name} REFRESH PUBLICATION WITH (copy_data = false);"
+            );
+            found.push(Finding::red(
+                CHECK,
+                format!("subscription {name}"),
+                "our login may not refresh it to carry the sentinel",
+                fix,
+            ));
+        }
+    }
+    or_green(CHECK, "target", "is carried, or can be made so", found)
 }
 
 pub(super) fn lag(facts: &Facts) -> Vec<Finding> {

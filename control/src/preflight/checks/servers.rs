@@ -5,7 +5,7 @@
 use pgcutover_api::store::GateForm;
 
 use crate::finding::Finding;
-use crate::preflight::checks::or_green;
+use crate::preflight::checks::{or_green, red_if};
 use crate::preflight::facts::{ClusterFacts, Facts};
 
 /// The versions that the SQL was run on.
@@ -29,14 +29,20 @@ pub(super) fn versions(facts: &Facts) -> Vec<Finding> {
         let major = major(cluster);
         if major < MAJOR_MIN {
             let fix = format!("Upgrade it to {MAJOR_MIN} first.");
-            found.push(Finding::red(CHECK, side, format!("PostgreSQL {major} is too old: {MAJOR_MIN} to {MAJOR_MAX}"), fix));
+            found.push(Finding::red(
+                CHECK,
+                side,
+                format!("PostgreSQL {major} is too old: {MAJOR_MIN} to {MAJOR_MAX}"),
+                fix,
+            ));
         } else if major > MAJOR_MAX {
             let problem = format!("PostgreSQL {major} is newer than what this was tried with ({MAJOR_MAX})");
             found.push(Finding::yellow(CHECK, side, problem, "Rehearse it on a copy first."));
         }
     }
     if major(&facts.target) < major(&facts.source) {
-        let problem = format!("PostgreSQL {} is older than the source's {}", major(&facts.target), major(&facts.source));
+        let problem =
+            format!("PostgreSQL {} is older than the source's {}", major(&facts.target), major(&facts.source));
         found.push(Finding::yellow(CHECK, "target", problem, "Make sure that this is meant to be a move back."));
     }
     let well = format!("PostgreSQL {} to {}", major(&facts.source), major(&facts.target));
@@ -48,12 +54,18 @@ pub(super) fn identity(facts: &Facts) -> Vec<Finding> {
     let mut found = Vec::new();
     for (side, cluster) in sides(facts) {
         if cluster.identity.in_recovery {
-            found.push(Finding::red(CHECK, side, "is a standby (in recovery)", format!("Name the primary in [{side}].dsn.")));
+            found.push(Finding::red(
+                CHECK,
+                side,
+                "is a standby (in recovery)",
+                format!("Name the primary in [{side}].dsn."),
+            ));
         }
     }
     let (source, target) = (facts.source.identity.system_identifier, facts.target.identity.system_identifier);
     if source == target {
-        let problem = format!("has the source's system identifier {source}: it is the same server, or its physical copy");
+        let problem =
+            format!("has the source's system identifier {source}: it is the same server, or its physical copy");
         found.push(Finding::red(CHECK, "target", problem, "Name another server in [target].dsn."));
     }
     for proxy in &facts.proxies {
@@ -80,7 +92,7 @@ pub(super) fn wal_level(facts: &Facts) -> Vec<Finding> {
     }
     if facts.target.wal_level != "logical" {
         let problem = format!("is {}: there would be no way back", facts.target.wal_level);
-        let level: fn(&str, String, String, String) -> Finding = if facts.limits.way_back { Finding::red } else { Finding::yellow };
+        let level = red_if(facts.limits.way_back);
         found.push(level(CHECK, "target".into(), problem, FIX.into()));
     }
     or_green(CHECK, facts.db.as_str(), "logical on both sides", found)
@@ -107,7 +119,8 @@ pub(super) fn synchronous_standby(facts: &Facts) -> Vec<Finding> {
     if names.is_empty() {
         return vec![Finding::green(CHECK, "target", "commits wait for no standby")];
     }
-    let problem = format!("synchronous_standby_names = '{names}': each commit waits for a standby, the durable one too");
+    let problem =
+        format!("synchronous_standby_names = '{names}': each commit waits for a standby, the durable one too");
     vec![Finding::yellow(CHECK, "target", problem, "Make sure that the standby is up during the cutover.")]
 }
 
@@ -119,7 +132,7 @@ pub(super) fn replication_slots(facts: &Facts) -> Vec<Finding> {
         return vec![Finding::green(CHECK, "target", room)];
     }
     let fix = "Raise max_replication_slots on the target and restart it, or drop a slot that nobody reads.";
-    let level: fn(&str, String, String, String) -> Finding = if facts.limits.way_back { Finding::red } else { Finding::yellow };
+    let level = red_if(facts.limits.way_back);
     vec![level(CHECK, "target".into(), format!("{room}: no room for a way back"), fix.into())]
 }
 
@@ -134,7 +147,9 @@ pub(super) fn own_rights(facts: &Facts) -> Vec<Finding> {
                     "may not create a schema, a table and a gate",
                     format!("GRANT CREATE ON DATABASE {} TO {};", cluster.database, cluster.login),
                 ),
-                "activity" => ("may not see what kind others' sessions are", format!("GRANT pg_monitor TO {};", cluster.login)),
+                "activity" => {
+                    ("may not see what kind others' sessions are", format!("GRANT pg_monitor TO {};", cluster.login))
+                }
                 "slot" => ("may not create a replication slot", format!("ALTER ROLE {} REPLICATION;", cluster.login)),
                 // Its absence can be lived with: see event_trigger().
                 _ => continue,
@@ -177,8 +192,12 @@ pub(super) fn target_gate(facts: &Facts) -> Vec<Finding> {
     for gate in gates.filter(|gate| gate.db == facts.db.as_str()) {
         let object = format!("target gate of {}", gate.db);
         found.push(match gate.form {
-            None => Finding::red(CHECK, object, "is not one of ours: its body was changed", "Restore it: proxyctl objects."),
-            Some(GateForm::Open) => Finding::green(CHECK, object, "is there and open; it will be shut until the commit"),
+            None => {
+                Finding::red(CHECK, object, "is not one of ours: its body was changed", "Restore it: proxyctl objects.")
+            }
+            Some(GateForm::Open) => {
+                Finding::green(CHECK, object, "is there and open; it will be shut until the commit")
+            }
             Some(GateForm::Fenced | GateForm::Target) => Finding::yellow(
                 CHECK,
                 object,

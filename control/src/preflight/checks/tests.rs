@@ -1,0 +1,316 @@
+//! Every check against the fault it is there for: red, with the object's name and a fix; and green without it.
+
+use std::time::Duration;
+
+use pgcutover_api::epoch::Epoch;
+use pgcutover_api::store::{Gate, GateForm, Identity, Member, Name};
+
+use super::checks;
+use crate::clusters::{
+    Extent, GateState, Lag, Position, PreparedTransaction, PublishedTable, Sequence, Setting, SlotState, Subscription,
+    TableFacts, TableKind, TableState,
+};
+use crate::finding::{Finding, Level};
+use crate::preflight::facts::{
+    Attempt, ClusterFacts, Control, Facts, Limits, LoginRole, LoginVerdict, ProxyBackend, ProxyFacts, ReplicationFacts,
+    Session, StoreFacts, Verdict, Verifiers,
+};
+
+fn table(name: &str) -> TableFacts {
+    TableFacts {
+        schema: "public".to_owned(),
+        name: name.to_owned(),
+        kind: TableKind::Logged,
+        parent: None,
+        is_identified: true,
+        other_owner: None,
+        gate: GateState::Missing,
+    }
+}
+
+fn sequence(position: Position) -> Sequence {
+    Sequence {
+        schema: "public".to_owned(),
+        name: "ticket".to_owned(),
+        start: 1,
+        min: 1,
+        max: 32_767,
+        increment: 1,
+        cycles: false,
+        position,
+        setting: Setting::Allowed,
+    }
+}
+
+fn session(user: &str, transaction_age_ms: Option<i64>) -> Session {
+    Session {
+        pid: 4711,
+        user: user.to_owned(),
+        application: Some("psql".to_owned()),
+        address: Some("10.0.0.9".to_owned()),
+        backend_type: Some("client backend".to_owned()),
+        transaction_age_ms,
+    }
+}
+
+fn login(name: &str, verifier: &str) -> LoginRole {
+    LoginRole { name: name.to_owned(), verifier: Some(verifier.to_owned()), is_administrative: false }
+}
+
+fn cluster(system_identifier: u64, version_num: u32) -> ClusterFacts {
+    let attempt = |right| Attempt { right, refusal: None };
+    ClusterFacts {
+        identity: Identity { system_identifier, timeline: Some(1), in_recovery: false, version_num },
+        database: "app".to_owned(),
+        login: "pgcutover".to_owned(),
+        wal_level: "logical".to_owned(),
+        synchronous_standby_names: String::new(),
+        slots_max: 10,
+        slots_used: 1,
+        large_objects: 0,
+        clock_ahead_ms: 0,
+        tables: vec![table("accounts")],
+        sequences: vec![sequence(Position::Last(7))],
+        foreign_tables: Vec::new(),
+        materialized_views: Vec::new(),
+        replica_triggers: Vec::new(),
+        sessions: Vec::new(),
+        prepared: Vec::new(),
+        logins: vec![login("app", "SCRAM-SHA-256$x")],
+        verifiers: Verifiers::Read,
+        types: vec![("public.mood".to_owned(), 20_000)],
+        store: None,
+        attempts: vec![attempt("store"), attempt("event_trigger"), attempt("activity"), attempt("slot")],
+    }
+}
+
+fn healthy() -> Facts {
+    let lag = Lag { applied_bytes: Some(0), durable_bytes: Some(0) };
+    let slot = SlotState {
+        name: "s".to_owned(),
+        is_active: true,
+        wal_status: Some("reserved".to_owned()),
+        replayed: None,
+        lag,
+    };
+    let subscription = Subscription {
+        name: "s".to_owned(),
+        is_enabled: true,
+        slot: Some("s".to_owned()),
+        publications: vec!["p".to_owned()],
+    };
+    let published = PublishedTable {
+        publication: "p".to_owned(),
+        table: "public.accounts".to_owned(),
+        extent: Extent::Whole,
+        is_of_all: false,
+    };
+    let state = TableState { subscription: "s".to_owned(), table: "public.accounts".to_owned(), state: "r".to_owned() };
+    let backend = ProxyBackend { name: "blue".to_owned(), is_active: true, system_identifier: Some(1) };
+    Facts {
+        db: Name::new("app").unwrap(),
+        source: cluster(1, 130_023),
+        target: cluster(2, 170_010),
+        replication: ReplicationFacts {
+            subscriptions: vec![subscription],
+            states: vec![state],
+            published: vec![published],
+            slots: vec![slot],
+            ..ReplicationFacts::default()
+        },
+        proxies: vec![ProxyFacts {
+            name: "p1".to_owned(),
+            instance: Some("one".to_owned()),
+            control: Control::Given,
+            server_pids: Vec::new(),
+            backends: vec![backend],
+            logins: Vec::new(),
+        }],
+        members: Vec::new(),
+        limits: Limits {
+            lag_bytes_max: 1000,
+            transaction_age_max: Duration::from_secs(1),
+            gap: 1000,
+            way_back: true,
+            proxy_role: "pgcutover_proxy".to_owned(),
+            source_backend: "blue".to_owned(),
+        },
+    }
+}
+
+fn with(fault: impl FnOnce(&mut Facts)) -> Vec<Finding> {
+    let mut facts = healthy();
+    fault(&mut facts);
+    checks(&facts).into_iter().filter(|finding| finding.level != Level::Green).collect()
+}
+
+/// The fault gives exactly one finding: of this level and check, with this in its object, and with a fix.
+#[track_caller]
+fn gives(level: Level, check: &str, object: &str, fault: impl FnOnce(&mut Facts)) {
+    let found = with(fault);
+    assert_eq!(found.len(), 1, "{found:#?}");
+    let finding = &found[0];
+    assert_eq!((finding.level, finding.check.as_str()), (level, check), "{finding}");
+    assert!(finding.object.contains(object), "{finding}");
+    assert!(!finding.fix.is_empty(), "{finding}");
+}
+
+#[test]
+fn a_healthy_pair_is_green_throughout() {
+    assert_eq!(with(|_| ()), []);
+}
+
+#[test]
+fn faults_of_the_servers_are_seen() {
+    gives(Level::Red, "versions", "source", |f| f.source.identity.version_num = 100_023);
+    gives(Level::Yellow, "versions", "target", |f| f.target.identity.version_num = 190_000);
+    gives(Level::Yellow, "versions", "target", |f| f.target.identity.version_num = 110_022);
+    gives(Level::Red, "identity", "target", |f| f.target.identity.system_identifier = 1);
+    gives(Level::Red, "identity", "target", |f| f.target.identity.in_recovery = true);
+    gives(Level::Red, "identity", "p1", |f| f.proxies[0].backends[0].name = "green".to_owned());
+    gives(Level::Red, "identity", "p1", |f| f.proxies[0].backends[0].system_identifier = Some(9));
+    gives(Level::Red, "wal_level", "source", |f| f.source.wal_level = "replica".to_owned());
+    gives(Level::Red, "wal_level", "target", |f| f.target.wal_level = "replica".to_owned());
+    gives(Level::Yellow, "wal_level", "target", |f| {
+        f.target.wal_level = "replica".to_owned();
+        f.limits.way_back = false;
+    });
+    gives(Level::Yellow, "clock_skew", "target", |f| f.target.clock_ahead_ms = -5000);
+    gives(Level::Yellow, "synchronous_standby", "target", |f| f.target.synchronous_standby_names = "*".to_owned());
+    gives(Level::Red, "replication_slots", "target", |f| f.target.slots_used = 10);
+}
+
+#[test]
+fn rights_that_we_lack_are_seen() {
+    let refused = |attempt: &mut Attempt| attempt.refusal = Some("permission denied [42501]".to_owned());
+    gives(Level::Red, "own_rights", "source role pgcutover", |f| refused(&mut f.source.attempts[0]));
+    gives(Level::Yellow, "event_trigger", "pgcutover", |f| refused(&mut f.source.attempts[1]));
+    gives(Level::Red, "own_rights", "target role pgcutover", |f| refused(&mut f.target.attempts[2]));
+    gives(Level::Red, "own_rights", "target role pgcutover", |f| refused(&mut f.target.attempts[3]));
+    gives(Level::Red, "store", "source schema", |f| {
+        let lacks = Some("its owner old has not pg_read_all_stats".to_owned());
+        f.source.store = Some(StoreFacts { owner: "old".to_owned(), lacks, gates: Vec::new() });
+    });
+    gives(Level::Red, "table_rights", "public.accounts", |f| f.source.tables[0].other_owner = Some("boss".to_owned()));
+    gives(Level::Red, "table_rights", "public.accounts", |f| {
+        f.source.tables[0].gate = GateState::Other("gate:x".to_owned())
+    });
+}
+
+#[test]
+fn a_gate_on_the_target_is_seen() {
+    let gate = |form, epoch: u64| {
+        let gate = Gate { db: "app".to_owned(), form, epoch: Epoch::try_from(epoch).unwrap() };
+        move |f: &mut Facts| {
+            f.target.store = Some(StoreFacts { owner: "pgcutover".to_owned(), lacks: None, gates: vec![gate] });
+        }
+    };
+    gives(Level::Yellow, "target_gate", "app", gate(Some(GateForm::Fenced), 3));
+    gives(Level::Red, "target_gate", "app", gate(None, 0));
+    assert_eq!(with(gate(Some(GateForm::Open), 0)), []);
+}
+
+#[test]
+fn faults_of_replication_are_seen() {
+    gives(Level::Red, "subscriptions", "nightly", |f| f.replication.missing.push("nightly".to_owned()));
+    gives(Level::Red, "subscriptions", "subscription s", |f| f.replication.subscriptions[0].is_enabled = false);
+    gives(Level::Red, "subscriptions", "subscription s", |f| f.replication.subscriptions[0].slot = None);
+    gives(Level::Red, "slots", "slot s", |f| f.replication.slots.clear());
+    gives(Level::Red, "slots", "slot s", |f| f.replication.slots[0].is_active = false);
+    gives(Level::Red, "slots", "slot s", |f| f.replication.slots[0].wal_status = Some("lost".to_owned()));
+    gives(Level::Red, "publication", "public.accounts", |f| f.replication.published.clear());
+    gives(Level::Red, "publication", "public.accounts", |f| f.replication.published[0].extent = Extent::Filtered);
+    gives(Level::Red, "lag", "slot s", |f| f.replication.slots[0].lag.applied_bytes = Some(1001));
+    gives(Level::Red, "lag", "slot s", |f| f.replication.slots[0].lag.applied_bytes = None);
+    gives(Level::Red, "sentinel", "publication p", |f| f.replication.publications_of_others.push("p".to_owned()));
+    gives(Level::Red, "sentinel", "subscription s", |f| f.replication.subscriptions_of_others.push("s".to_owned()));
+    let found = with(|f| f.replication = ReplicationFacts::default());
+    assert!(found.iter().any(|f| f.check == "subscriptions" && f.level == Level::Red), "{found:?}");
+    let found = with(|f| f.replication.states[0].state = "d".to_owned());
+    assert!(found.iter().any(|f| f.check == "subscriptions" && f.object.contains("public.accounts")), "{found:?}");
+}
+
+#[test]
+fn faults_of_the_data_are_seen() {
+    gives(Level::Red, "replica_identity", "public.accounts", |f| f.source.tables[0].is_identified = false);
+    gives(Level::Yellow, "unreplicated", "public.cache", |f| {
+        f.source.tables.push(TableFacts { kind: TableKind::Unlogged, is_identified: false, ..table("cache") });
+    });
+    gives(Level::Yellow, "unreplicated", "public.far", |f| f.source.foreign_tables.push("public.far".to_owned()));
+    gives(Level::Yellow, "unreplicated", "public.sums", |f| f.source.materialized_views.push("public.sums".to_owned()));
+    gives(Level::Red, "large_objects", "app", |f| f.source.large_objects = 1);
+    gives(Level::Red, "sequences", "public.ticket", |f| f.source.sequences[0].position = Position::Hidden);
+    gives(Level::Red, "sequences", "public.ticket", |f| f.source.sequences[0].position = Position::Last(32_000));
+    gives(Level::Red, "sequences", "public.ticket", |f| f.target.sequences.clear());
+    gives(Level::Red, "sequences", "public.ticket", |f| f.target.sequences[0].setting = Setting::Denied);
+    gives(Level::Red, "sequences", "public.ticket", |f| f.target.sequences[0].max = 1000);
+    gives(Level::Yellow, "target_triggers", "audit", |f| {
+        f.target.replica_triggers.push("public.accounts audit".to_owned())
+    });
+    gives(Level::Yellow, "type_oids", "public.mood", |f| f.target.types[0].1 = 20_001);
+}
+
+#[test]
+fn old_and_prepared_transactions_are_seen_on_both_sides() {
+    gives(Level::Red, "old_transactions", "source pid 4711", |f| {
+        f.source.sessions.push(session("app", Some(1001)));
+        f.proxies[0].server_pids.push(4711);
+    });
+    gives(Level::Red, "old_transactions", "target pid 4711", |f| f.target.sessions.push(session("app", Some(1001))));
+    assert_eq!(with(|f| f.target.sessions.push(session("app", Some(999)))), []);
+    for side in ["source", "target"] {
+        let prepared = PreparedTransaction { gid: "gid-1".to_owned(), owner: "app".to_owned(), age_ms: 5 };
+        gives(Level::Red, "prepared_transactions", side, |f| {
+            if side == "source" { &mut f.source } else { &mut f.target }.prepared.push(prepared);
+        });
+    }
+}
+
+#[test]
+fn logins_that_would_fail_on_the_target_are_seen() {
+    let verdict = |verdict| LoginVerdict { user: "app".to_owned(), verdict };
+    gives(Level::Red, "verifiers", "role app", |f| f.target.logins[0].verifier = Some("SCRAM-SHA-256$y".to_owned()));
+    gives(Level::Red, "verifiers", "role app", |f| f.target.logins.clear());
+    gives(Level::Red, "verifiers", "role app", |f| f.source.verifiers = Verifiers::Hidden);
+    gives(Level::Red, "verifiers", "role app", |f| f.target.verifiers = Verifiers::Hidden);
+    gives(Level::Red, "verifiers", "role app", |f| {
+        f.proxies[0].logins.push(verdict(Verdict::Refused("no".to_owned())))
+    });
+    gives(Level::Yellow, "verifiers", "role app", |f| {
+        f.source.logins[0].is_administrative = true;
+        f.target.logins.clear();
+    });
+    let proved = with(|f| {
+        f.target.verifiers = Verifiers::Hidden;
+        f.proxies[0].logins.push(verdict(Verdict::In));
+    });
+    assert_eq!(proved, []);
+    let not_proved = with(|f| {
+        f.target.verifiers = Verifiers::Hidden;
+        f.proxies[0].logins.push(verdict(Verdict::In));
+        f.proxies.push(ProxyFacts { logins: vec![verdict(Verdict::Unknown)], ..f.proxies[0].clone() });
+    });
+    assert_eq!(not_proved.len(), 1);
+}
+
+#[test]
+fn strangers_and_proxies_that_could_not_follow_are_seen() {
+    gives(Level::Yellow, "bypass", "4711 (app, psql, 10.0.0.9)", |f| f.source.sessions.push(session("app", None)));
+    let known = with(|f| {
+        f.source.sessions.push(session("app", None));
+        f.source.sessions.push(Session { pid: 5, ..session("pgcutover_proxy", None) });
+        f.proxies[0].server_pids.push(4711);
+    });
+    assert_eq!(known, []);
+    gives(Level::Red, "proxies", "p1", |f| f.proxies[0].control = Control::Missing);
+    let member = |instance: &str, seen_ms_ago| Member {
+        instance: instance.to_owned(),
+        address: "10.0.0.7:6432".to_owned(),
+        backend: "blue".to_owned(),
+        route_epoch: Epoch::ZERO,
+        paused_epoch: None,
+        seen_ms_ago,
+    };
+    gives(Level::Red, "members", "two", |f| f.members.push(member("two", 900)));
+    assert_eq!(with(|f| f.members.extend([member("two", 60_000), member("one", 900)])), []);
+}
