@@ -85,7 +85,7 @@ async fn a_network_that_holds_is_a_stall_and_no_error() {
     let workload = Workload::start(&WorkloadOptions::new(vec![network.port()], 8)).await.unwrap();
     workload.acknowledges(300, LIMIT).await.unwrap();
     network.set(Direction::Down, Fault::Hold);
-    tokio::time::sleep(Duration::from_millis(300)).await; // what is measured
+    tokio::time::sleep(Duration::from_millis(300)).await; // reason: the length of the stall that is measured
     network.set(Direction::Down, Fault::Pass);
     workload.acknowledges(300, LIMIT).await.unwrap();
     let outcome = workload.stop().await.unwrap();
@@ -172,7 +172,7 @@ fn nothing_is_left_after_a_panic_ctrl_c_sigterm_or_sigkill() {
         let deadline = Instant::now() + LIMIT;
         while dir.exists() || alive(pid) {
             assert!(Instant::now() < deadline, "after {end:?}: {} or server {pid} is still there", dir.display());
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(20)); // reason: between two looks, up to the deadline
         }
     }
 }
