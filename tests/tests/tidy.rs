@@ -22,9 +22,14 @@ struct Source {
 }
 
 impl Source {
-    /// The part before the tests of the file.
+    /// The part before the tests of the file; nothing, if all of it is tests.
     fn code(&self) -> &str {
-        self.text.split("#[cfg(test)]\nmod ").next().unwrap_or_default()
+        if self.path.components().skip(1).any(|part| ["tests", "tests.rs"].iter().any(|name| part.as_os_str() == *name))
+        {
+            return "";
+        }
+        // `mod tests;` has its tests in another file, and code may follow it.
+        self.text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default()
     }
 
     /// Number and text of each line of these that is not a comment.
@@ -47,14 +52,15 @@ fn root() -> PathBuf {
 fn sources() -> Vec<Source> {
     let mut found = Vec::new();
     for start in ROOTS {
-        collect(&root().join(start), &mut found);
+        collect(&root().join(start), &mut found).expect("the source tree is readable");
     }
     assert!(found.len() > 40, "only {} files: the walk has lost its way", found.len());
     found
 }
 
-fn collect(dir: &Path, found: &mut Vec<Source>) {
-    let mut entries: Vec<_> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+fn collect(dir: &Path, found: &mut Vec<Source>) -> std::io::Result<()> {
+    let entries = fs::read_dir(dir)?.collect::<Result<Vec<_>, _>>()?;
+    let mut entries: Vec<_> = entries.into_iter().map(|entry| entry.path()).collect();
     entries.sort();
     for path in entries {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -62,12 +68,14 @@ fn collect(dir: &Path, found: &mut Vec<Source>) {
             && !["target", "node_modules", "corpus", "artifacts"].contains(&name.as_str())
             && !name.starts_with('.')
         {
-            collect(&path, found);
+            collect(&path, found)?;
         } else if name.ends_with(".rs") {
-            let text = fs::read_to_string(&path).unwrap();
-            found.push(Source { path: path.strip_prefix(root()).unwrap().to_owned(), text });
+            let text = fs::read_to_string(&path)?;
+            let path = path.strip_prefix(root()).map_or_else(|_| path.clone(), Path::to_owned);
+            found.push(Source { path, text });
         }
     }
+    Ok(())
 }
 
 fn expect_none(complaints: &[String]) {
@@ -135,10 +143,8 @@ fn a_file_opens_with_its_purpose() {
 }
 
 fn too_long(source: &Source) -> Vec<String> {
-    let in_tests = source.path.components().filter(|part| part.as_os_str() == "tests").count();
-    let is_test = in_tests > usize::from(source.path.starts_with("tests"));
     let lines = source.code().lines().count();
-    if is_test || lines <= LINES_MAX {
+    if lines <= LINES_MAX {
         return Vec::new();
     }
     vec![source.complain(
@@ -154,8 +160,7 @@ fn a_file_is_one_noun_long() {
 
 /// Sleeps in test code. `// reason:` on the line or one of the two above it lets one stand.
 fn sleeps(source: &Source) -> Vec<String> {
-    let inside = source.path.components().skip(1).any(|part| part.as_os_str() == "tests");
-    let tests_from = if inside { 0 } else { source.code().lines().count() };
+    let tests_from = source.code().lines().count();
     let lines: Vec<_> = source.text.lines().collect();
     let calls = [concat!("thread::", "sleep("), concat!("time::", "sleep(")];
     let rule = "a test waits for a condition with a deadline; if only time will do, say why: `// reason: …`";
@@ -208,8 +213,12 @@ fn every_rule_bites() {
     assert!(judged("proxy/src/gate.rs", &format!("//! Long.\n{}", "fn f() {}\n".repeat(601)))[0].contains("602 lines"));
     let tests = format!("//! Long tests.\nfn f() {{}}\n#[cfg(test)]\nmod tests {{\n{}}}\n", "fn f() {}\n".repeat(601));
     assert!(judged("proxy/src/gate.rs", &tests).is_empty());
+    let split = tests.replace("mod tests {", "mod tests;");
+    assert!(judged("proxy/src/gate.rs", &split)[0].contains("lines without tests"), "code after `mod tests;` counts");
+    assert!(judged("proxy/src/gate/tests.rs", &split).is_empty());
     let nap = concat!("//! Nap.\nfn f() { std::thread::", "sleep(x); }\n");
     assert!(judged("tests/tests/e2e/nap.rs", nap)[0].starts_with("tests/tests/e2e/nap.rs:2: a test waits"));
+    assert_eq!(judged("proxy/src/gate/tests.rs", nap).len(), 1);
     assert!(judged("proxy/src/nap.rs", nap).is_empty());
     assert!(judged("tests/tests/e2e/nap.rs", &nap.replace("fn", "// reason: a timer is under test\nfn")).is_empty());
     assert!(judged("proxy/src/session/utils.rs", "//! A bag.\nfn f() {}\n")[0].contains("names no noun"));
