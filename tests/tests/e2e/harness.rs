@@ -10,7 +10,7 @@ use e2e::client::Client;
 use e2e::cluster::{Cluster, ClusterOptions};
 use e2e::faults::{Cut, Direction, Fault, FaultProxy};
 use e2e::ledger::{Audit, Notes, Sides, audit};
-use e2e::pair::{APP, DATABASE, Pair, PairOptions, password};
+use e2e::pair::{APP, DATABASE, Pair, PairOptions, Publication, password};
 use e2e::tls::Authority;
 use e2e::workload::{Workload, WorkloadOptions};
 use nix::sys::signal::{Signal, kill};
@@ -53,7 +53,9 @@ async fn a_pair_replicates_as_the_least_role() {
 /// is unknown is noted as such.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_ledger_balances_over_broken_connections_and_a_power_cut() {
-    let mut pair = Pair::start(&Binaries::of(&[16, 18]).unwrap(), &PairOptions::new(16, 18)).await.unwrap();
+    let mut options = PairOptions::new(16, 18);
+    options.publication = Publication::AllTables;
+    let mut pair = Pair::start(&Binaries::of(&[16, 18]).unwrap(), &options).await.unwrap();
     let network = FaultProxy::start(pair.source.port()).await.unwrap();
     let mut options = WorkloadOptions::new(vec![network.port()], 16);
     (options.pipelining, options.idle) = ((1, 20), 3);
