@@ -1,1 +1,318 @@
-//! placeholder
+//! One connection's life: handshake, then a cancel, a visit to the console, or a login and its session.
+//!
+//! Invariant: no stranger costs more than one bounded packet and the login timeout; what a client is told is a chosen
+//! [`Report`]; whoever gets in has a place that is given back when it leaves, however that happens.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use arc_swap::ArcSwap;
+use bytes::BytesMut;
+use tokio::io::AsyncWriteExt;
+use tokio::sync::Notify;
+use tokio::time::{Instant, timeout_at};
+
+use crate::auth;
+use crate::auth::{Identity, Users};
+use crate::cancel::{Cancels, Issued, Owner};
+use crate::client::{Client, Who};
+use crate::database::{Database, Process};
+use crate::handshake;
+use crate::handshake::Hello;
+use crate::message;
+use crate::message::{Protocol, Replication, Startup};
+use crate::metrics::Book;
+use crate::parameters;
+use crate::parameters::{Reported, Settings};
+use crate::pool::{NoServer, Pool};
+use crate::report::{Blame, Report, SqlState};
+use crate::session::{Farewell, Session};
+use crate::stream::{Peer, Stream};
+use crate::tls::Acceptor;
+
+/// The names of the admin console.
+const CONSOLES: [&[u8]; 2] = [b"pgbouncer", b"pgcutover"];
+
+/// What a new connection finds.
+pub struct Door {
+    /// What all databases share.
+    pub process: Process,
+    /// The databases by the name that clients use.
+    pub databases: ArcSwap<BTreeMap<String, Arc<Database>>>,
+    /// Who may log in.
+    pub users: ArcSwap<Users>,
+    /// TLS towards clients.
+    pub acceptor: ArcSwap<Acceptor>,
+    /// Cancel keys.
+    pub cancels: Arc<Cancels>,
+    /// Statistics.
+    pub book: Book,
+    /// Connections that have passed the handshake, logged in or not.
+    pub inside: Arc<AtomicU32>,
+    /// Of these, not logged in yet.
+    pub logging_in: Arc<AtomicU32>,
+}
+
+/// An authenticated visitor of the console.
+pub struct Visitor {
+    /// Its socket; AuthenticationOk is written.
+    pub stream: Stream,
+    /// The user as text.
+    pub user: String,
+    /// What it may do.
+    pub rights: Rights,
+    /// Its cancel key.
+    pub key: Issued,
+    /// Rung by its cancel requests.
+    pub cancels: Arc<Notify>,
+    /// Its place.
+    pub place: Place,
+}
+
+/// What a visitor of the console may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rights {
+    /// Everything.
+    Admin,
+    /// SHOW.
+    Stats,
+}
+
+/// A place among those who are inside; dropping it frees the place.
+pub struct Place(Arc<AtomicU32>);
+
+impl Place {
+    fn take(count: &Arc<AtomicU32>, limit: u32) -> Option<Self> {
+        let fits = |now: u32| (now < limit).then_some(now + 1);
+        count.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits).ok()?;
+        Some(Self(Arc::clone(count)))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Serves one connection to its end; a visitor of the console comes back to the caller.
+pub async fn serve(stream: Stream, door: Arc<Door>, worker: usize) -> Option<Visitor> {
+    let deadline = Instant::now() + door.process.config.load().general.client_login_timeout;
+    // Boxed phases: an idle client's future must not carry the handshake's.
+    let greeted = Box::pin(handshake::greet(stream, &door.acceptor.load_full(), deadline)).await;
+    let (mut stream, startup) = match greeted {
+        Ok((stream, Hello::Session(startup))) => (stream, startup),
+        Ok((_, Hello::Cancel(key))) => {
+            let config = door.process.config.load_full();
+            door.cancels.carry(key, &config, &door.process.events).await;
+            return None;
+        }
+        Ok((_, Hello::Gone)) => return None,
+        Err(report) => {
+            turned_away(&door, &report);
+            return None;
+        }
+    };
+    let entered = timeout_at(deadline, Box::pin(enter(&mut stream, *startup, &door, worker))).await;
+    match entered.unwrap_or_else(|_| Err(Report::login_timeout())) {
+        Ok(Entered::Console { user, rights, key, cancels, place }) => {
+            Some(Visitor { stream, user, rights, key, cancels, place })
+        }
+        Ok(Entered::Client(entry)) => {
+            session(stream, *entry, &door, worker).await;
+            None
+        }
+        Err(report) => {
+            turned_away(&door, &report);
+            stream.refuse(&report).await;
+            None
+        }
+    }
+}
+
+fn turned_away(door: &Door, report: &Report) {
+    door.process.events.logins_refused.count();
+    tracing::info!(sqlstate = %report.sqlstate, blame = report.blame.as_str(), message = %report.message, "login refused");
+}
+
+/// Who got in.
+enum Entered {
+    Console { user: String, rights: Rights, key: Issued, cancels: Arc<Notify>, place: Place },
+    Client(Box<Entry>),
+}
+
+/// A client that has been welcomed.
+struct Entry {
+    client: Arc<Client>,
+    pool: Arc<Pool>,
+    settings: Settings,
+    told: Reported,
+    _key: Issued,
+    _place: Place,
+}
+
+/// Authenticates, and welcomes.
+async fn enter(stream: &mut Stream, startup: Startup, door: &Door, worker: usize) -> Result<Entered, Report> {
+    let _logging_in = Place::take(&door.logging_in, u32::MAX);
+    if CONSOLES.contains(&&*startup.database) {
+        return console(stream, &startup, door).await;
+    }
+    let config = door.process.config.load_full();
+    let place = Place::take(&door.inside, config.general.max_client_conn).ok_or_else(Report::too_many_clients)?;
+    let identity = auth::authenticate(stream, &startup, config.general.auth_type, &door.users.load_full()).await?;
+    let database = known_database(&startup, door)?;
+    if startup.replication != Replication::No {
+        let message = "replication connections are not supported yet";
+        return Err(Report::fatal(SqlState::FEATURE_NOT_SUPPORTED, message, Blame::Operator));
+    }
+    let settings = Settings::new(startup.settings);
+    let pool = database.pool(&identity.user, identity.secret.clone());
+    let told = welcome(&database, &pool, &identity, &settings, worker).await?;
+    let client = Client::new(who(stream, &identity, &database, door), &application_name(&settings));
+    let owner = Owner::Client(Arc::downgrade(&client));
+    let key = issue(door, startup.protocol, owner)?;
+    say_welcome(stream, &told, &key).await.map_err(|_| Report::client_gone())?;
+    Ok(Entered::Client(Box::new(Entry { client, pool, settings, told, _key: key, _place: place })))
+}
+
+async fn console(stream: &mut Stream, startup: &Startup, door: &Door) -> Result<Entered, Report> {
+    let config = door.process.config.load_full();
+    let own = CONSOLES.contains(&&*startup.user) && stream.peer().is_ok_and(auth::is_own_process);
+    if own {
+        auth::welcome_own_process(stream).await?;
+    } else {
+        auth::authenticate(stream, startup, config.general.auth_type, &door.users.load_full()).await?;
+    }
+    let user = String::from_utf8_lossy(&startup.user).into_owned();
+    let rights = if own || config.general.admin_users.contains(&user) {
+        Rights::Admin
+    } else if config.general.stats_users.contains(&user) {
+        Rights::Stats
+    } else {
+        let message = format!("user \"{user}\" may not use the admin console");
+        return Err(Report::fatal(SqlState::INSUFFICIENT_PRIVILEGE, message, Blame::Operator)
+            .with_hint("name it in admin_users or stats_users"));
+    };
+    // Visitors have places of their own: an admin gets in when clients have filled the house.
+    let place = Place::take(&door.inside, u32::MAX).ok_or_else(Report::too_many_clients)?;
+    let cancels = Arc::new(Notify::new());
+    let key = issue(door, startup.protocol, Owner::Console(Arc::clone(&cancels)))?;
+    Ok(Entered::Console { user, rights, key, cancels, place })
+}
+
+fn issue(door: &Door, protocol: Protocol, owner: Owner) -> Result<Issued, Report> {
+    let peer_id = door.process.config.load().general.peer_id;
+    door.cancels.issue(peer_id, protocol, owner).map_err(|error| Report::internal(format!("no random bytes: {error}")))
+}
+
+fn known_database(startup: &Startup, door: &Door) -> Result<Arc<Database>, Report> {
+    let databases = door.databases.load();
+    let database = std::str::from_utf8(&startup.database).ok().and_then(|name| databases.get(name));
+    let database = database.ok_or_else(|| Report::database_does_not_exist(&startup.database))?;
+    if !database.admits() {
+        return Err(Report::database_disabled(&startup.database));
+    }
+    Ok(Arc::clone(database))
+}
+
+fn who(stream: &Stream, identity: &Identity, database: &Database, door: &Door) -> Who {
+    let config = door.process.config.load();
+    Who {
+        id: door.process.ids.fetch_add(1, Ordering::Relaxed),
+        pool_mode: config.pool_mode(database.name(), &String::from_utf8_lossy(&identity.user)),
+        user: identity.user.clone(),
+        database: database.name().into(),
+        addr: match stream.peer() {
+            Ok(Peer::Tcp(addr)) => Some(addr),
+            Ok(Peer::Unix { uid: _ }) | Err(_) => None,
+        },
+        local_addr: stream.local_address(),
+        tls: if stream.is_tls() { "TLS".into() } else { "".into() },
+    }
+}
+
+/// What the client is told of its server: from what servers said before, without asking one if that can be helped, so
+/// that logins are answered during a pause.
+async fn welcome(
+    database: &Database,
+    pool: &Arc<Pool>,
+    identity: &Identity,
+    settings: &Settings,
+    worker: usize,
+) -> Result<Reported, Report> {
+    let known = match pool.welcome().or_else(|| database.welcome()) {
+        Some(known) => known,
+        None => ask_server(pool, worker).await?,
+    };
+    let mut told = Reported::clone(&known);
+    for (name, value) in &mut told {
+        if let Some(wanted) = settings.value(name) {
+            *value = wanted.into();
+        }
+    }
+    if parameters::reported(&told, b"session_authorization").is_none() {
+        parameters::report(&mut told, b"session_authorization", &identity.user);
+    }
+    Ok(told)
+}
+
+/// Opens a server connection to learn the welcome. Ended by the login timeout.
+async fn ask_server(pool: &Arc<Pool>, worker: usize) -> Result<Arc<Reported>, Report> {
+    loop {
+        let pass = pool.site.gate.enter(0).await;
+        match pool.checkout(pass, worker).await {
+            Ok(lease) => {
+                let initial = Arc::clone(&lease.pooled.initial);
+                lease.rest();
+                return Ok(initial);
+            }
+            Err(NoServer::Shut) => {}
+            Err(NoServer::Refused(report)) => return Err(*report),
+        }
+    }
+}
+
+async fn say_welcome(stream: &mut Stream, told: &Reported, key: &Issued) -> std::io::Result<()> {
+    let mut out = BytesMut::new();
+    for (name, value) in told {
+        message::put_parameter_status(&mut out, name, value);
+    }
+    message::put_backend_key_data(&mut out, &key.key);
+    message::put_ready_for_query(&mut out, message::Status::Idle);
+    stream.write_all(&out).await
+}
+
+fn application_name(settings: &Settings) -> String {
+    String::from_utf8_lossy(settings.value(b"application_name").unwrap_or_default()).into_owned()
+}
+
+/// The session of a welcomed client.
+async fn session(stream: Stream, entry: Entry, door: &Door, worker: usize) {
+    let Entry { client, pool, settings, told, _key, _place } = entry;
+    let _enrolled = door.process.clients.enrol(&client);
+    let user = String::from_utf8_lossy(&client.who.user).into_owned();
+    let meter = door.book.pool(&client.who.database, &user).meter(worker);
+    meter.client_login();
+    let id = client.who.id;
+    let session = Session {
+        stream,
+        client,
+        pool,
+        meter,
+        settings: Arc::new(settings),
+        told: Arc::new(told),
+        worker,
+        up: None,
+        down: None,
+        kept: None,
+    };
+    match session.run().await {
+        Farewell::Terminated => tracing::debug!(id, "client left"),
+        Farewell::ClientGone(error) => tracing::debug!(id, %error, "client gone"),
+        Farewell::ServerGone(why) => tracing::warn!(id, why, "a client lost its server"),
+        Farewell::Refused(report) => {
+            tracing::info!(id, sqlstate = %report.sqlstate, blame = report.blame.as_str(), message = %report.message, "client ended");
+        }
+    }
+}

@@ -31,6 +31,7 @@ use crate::client::{Client, Clients};
 use crate::config;
 use crate::config::Config;
 use crate::gate::Gate;
+use crate::metrics::Events;
 use crate::parameters::Reported;
 use crate::pool::{Pool, Site};
 use crate::route;
@@ -53,6 +54,8 @@ pub struct Process {
     pub closing: CancellationToken,
     /// The next id of a client or server.
     pub ids: Arc<AtomicU64>,
+    /// What happened, for the exporter.
+    pub events: Arc<Events>,
     /// Every client.
     pub clients: Arc<Clients>,
     /// Server connections per user over all databases.
@@ -124,6 +127,7 @@ impl Database {
             config: Arc::clone(&process.config),
             tasks: process.tasks.clone(),
             ids: Arc::clone(&process.ids),
+            events: Arc::clone(&process.events),
             connections: Arc::default(),
             servers: Mutex::default(),
         });

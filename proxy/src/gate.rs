@@ -14,6 +14,8 @@ use pgcutover_api::epoch::Claim;
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 
+use crate::relay::ShutSignal;
+
 /// The gate of one database.
 #[derive(Debug, Default)]
 pub struct Gate {
@@ -116,6 +118,12 @@ pub enum NotRenewed {
     Ended,
 }
 
+impl ShutSignal for Gate {
+    fn is_shut(&self) -> bool {
+        self.word.load(Ordering::Acquire) & SHUT != 0
+    }
+}
+
 impl Gate {
     /// A pass, if the gate is open. The hot path: one atomic addition, no lock.
     #[must_use]
@@ -141,12 +149,6 @@ impl Gate {
             }
             opened.await;
         }
-    }
-
-    /// Whether new statements have to wait. Cheap enough to ask per batch of frames.
-    #[must_use]
-    pub fn is_shut(&self) -> bool {
-        self.word.load(Ordering::Acquire) & SHUT != 0
     }
 
     /// Open transactions.

@@ -24,7 +24,9 @@ use crate::backend::{ConnectError, ConnectFailure, Login};
 use crate::client::Server;
 use crate::config::Config;
 use crate::gate::{Gate, Pass};
+use crate::metrics::Events;
 use crate::parameters::{Reported, Settings};
+use crate::relay::ShutSignal;
 use crate::report::Report;
 use crate::route::{Active, Route};
 use crate::tracker::Tracker;
@@ -53,6 +55,8 @@ pub struct Site {
     pub tasks: TaskTracker,
     /// The next id of a client or server.
     pub ids: Arc<AtomicU64>,
+    /// What happened, for the exporter.
+    pub events: Arc<Events>,
     /// Server connections of the database.
     pub connections: Arc<AtomicU32>,
     /// Every server connection, for SHOW SERVERS.
@@ -211,7 +215,10 @@ impl Pool {
         match tokio::time::timeout(limit, &mut waiting.hold).await {
             Ok(Ok(pooled)) => Ok(pooled),
             Ok(Err(_)) => Err(lock(&refuse).take().map_or(NoServer::Shut, refused)),
-            Err(_) => Err(refused(Report::query_wait_timeout())),
+            Err(_) => {
+                self.site.events.query_wait_timeouts.count();
+                Err(refused(Report::query_wait_timeout()))
+            }
         }
     }
 
@@ -409,6 +416,7 @@ impl Opener {
                 self.pool.put(pooled);
             }
             Err(error) => {
+                self.pool.site.events.server_logins_failed.count();
                 tracing::warn!(database = %self.pool.site.database, backend = %active.backend, %error, "no server connection");
                 self.pool.refuse_waiters(&error);
             }

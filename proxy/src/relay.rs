@@ -12,7 +12,6 @@ use std::io;
 use std::task::{Context, Poll};
 
 use crate::frame::{HEADER_BYTES, Header};
-use crate::gate::Gate;
 use crate::message;
 use crate::message::Pair;
 use crate::report::Report;
@@ -28,9 +27,15 @@ pub enum Statements {
     Unnamed,
 }
 
+/// Tells whether new statements have to wait; asked per batch of frames.
+pub trait ShutSignal {
+    /// Whether they have to.
+    fn is_shut(&self) -> bool;
+}
+
 /// Both ends of one transaction.
 #[derive(Debug)]
-pub struct Relay<'a> {
+pub struct Relay<'a, S> {
     /// The client's socket.
     pub client: &'a mut Stream,
     /// Client to server.
@@ -42,7 +47,7 @@ pub struct Relay<'a> {
     /// Whether the session rests.
     pub tracker: &'a mut Tracker,
     /// Whether new statements have to wait.
-    pub gate: &'a Gate,
+    pub shut: &'a S,
     /// What may pass.
     pub statements: Statements,
     /// Settings that the server reported on the way, in order.
@@ -89,7 +94,7 @@ enum Scan {
     End(End),
 }
 
-impl Relay<'_> {
+impl<S: ShutSignal> Relay<'_, S> {
     /// Moves what can be moved; ready at the end. No byte is lost when nobody polls again, but the connection is then in
     /// the middle of things: whoever drops this closes the server connection.
     pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
@@ -145,7 +150,7 @@ impl Relay<'_> {
 
     /// Clears what the client may send now.
     fn scan_up(&mut self) -> Scan {
-        let shut = if self.gate.is_shut() { Shut::Yes } else { Shut::No };
+        let shut = if self.shut.is_shut() { Shut::Yes } else { Shut::No };
         loop {
             // At rest the next statement needs a new pass, unless it is the first under this one.
             let begun = self.moved.up_bytes > 0 || self.up.has_cleared();

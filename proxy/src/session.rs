@@ -148,7 +148,7 @@ impl Session {
             server: &mut pooled.server.stream,
             down: &mut down,
             tracker: &mut pooled.tracker,
-            gate: &gate,
+            shut: &*gate,
             statements: match self.client.who.pool_mode {
                 PoolMode::Session => Statements::Kept,
                 PoolMode::Transaction => Statements::Unnamed,
@@ -226,6 +226,7 @@ impl Session {
             End::ClientGone(error) => Some(Farewell::ClientGone(error)),
             End::Refused(report) => Some(Farewell::Refused(report)),
             End::ServerGone(error) => {
+                self.pool.site.events.servers_lost.count();
                 lease.close();
                 return Err(Farewell::ServerGone(error.to_string()));
             }

@@ -8,6 +8,7 @@
 //! them). `read_exact` and `write_all` over them are not cancel safe.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
@@ -126,8 +127,9 @@ impl Stream {
     /// not lost: a ParameterStatus, a notice or a notification may come at rest, so they go to `into`.
     pub fn arrived(&mut self, into: &mut BytesMut) -> Arrived {
         let mut nobody = Context::from_waker(Waker::noop());
-        let mut chunk = [0; 1024];
-        let mut buffer = ReadBuf::new(&mut chunk);
+        // Not initialised: this runs on every checkout.
+        let mut chunk = [MaybeUninit::uninit(); 1024];
+        let mut buffer = ReadBuf::uninit(&mut chunk);
         match Pin::new(self).poll_read(&mut nobody, &mut buffer) {
             Poll::Pending => Arrived::Nothing,
             Poll::Ready(Ok(())) if buffer.filled().is_empty() => Arrived::End,

@@ -126,6 +126,7 @@ impl Database {
             let endpoint = self.endpoint(&commit.target).ok_or_else(|| self.unknown_backend(&commit.target))?;
             self.hold_for(commit).await;
             self.bear_witness(commit).await?;
+            self.site.events.decisions_followed.count();
             self.move_route(&commit.target, endpoint, commit.epoch, Some(commit.run), SwitchedBy::Followed);
         }
         if let Some(pause) = self.site.gate.pause() {
@@ -231,6 +232,7 @@ impl Database {
     fn move_route(&self, backend: &str, endpoint: Arc<Endpoint>, epoch: Epoch, run: Option<RunId>, by: SwitchedBy) {
         let from = self.site.route.active().backend.to_string();
         if let Err(error) = self.site.route.switch(backend, endpoint, epoch) {
+            self.site.events.route_writes_failed.count();
             tracing::error!(database = %self.name(), %error, "ALARM: the route was switched and could not be written down");
         }
         self.pools().iter().for_each(|pool| pool.adopt_prewarmed(backend));

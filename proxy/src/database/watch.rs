@@ -15,6 +15,7 @@ use crate::database::Database;
 use crate::database::link::Silence;
 use crate::database::verdict::{Verdict, verdict};
 use crate::gate::Pause;
+use crate::relay::ShutSignal;
 
 /// How often a proxy reads the store of its active backend.
 const LOOK: Duration = Duration::from_secs(1);
@@ -124,6 +125,7 @@ impl Database {
     pub(super) async fn settle_ended_lease(self: &Arc<Self>) -> Settled {
         let ended = |pause: &Pause| pause.lease_ends.is_some_and(|end| end <= Instant::now());
         let Some(pause) = self.site.gate.pause().filter(ended) else { return Settled::Yes };
+        self.site.events.leases_ended.count();
         let Some(epoch) = &pause.epoch else {
             tracing::warn!(database = %self.name(), owner = %pause.owner, "the lease of a pause has ended: resuming");
             self.open(&pause);

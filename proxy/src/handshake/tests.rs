@@ -288,6 +288,24 @@ async fn tls_is_agreed_on_and_certificates_are_checked_as_libpq_checks_them() {
     }
 }
 
+/// PostgreSQL's documentation begins with a self-signed certificate; whoever has it as root file trusts it itself.
+#[tokio::test]
+async fn a_self_signed_certificate_is_its_own_root() {
+    let pki = Pki::new();
+    let key = KeyPair::generate().unwrap();
+    let own = CertificateParams::new(vec!["localhost".to_owned()]).unwrap().self_signed(&key).unwrap();
+    std::fs::write(pki.file("server.crt"), own.pem()).unwrap();
+    std::fs::write(pki.file("server.key"), key.serialize_pem()).unwrap();
+    let acceptor = pki.acceptor(ClientTls::Allow);
+    let connector = |root: &str| Connector::new(SslMode::VerifyFull, Some(&RootCert::File(pki.file(root)))).unwrap();
+    for (root, host, good) in
+        [("server.crt", "localhost", true), ("server.crt", "other", false), ("ca.crt", "localhost", false)]
+    {
+        let (client, server) = over_tls(&acceptor, &connector(root), host).await;
+        assert_eq!((client.is_ok(), server.is_ok()), (good, good), "{root} {host}");
+    }
+}
+
 #[tokio::test]
 async fn a_client_that_wants_tls_from_a_plain_listener_hears_no() {
     let pki = Pki::new();

@@ -24,13 +24,19 @@ impl Session {
         let budget = site.config.load().general.hold_budget;
         let id = self.client.who.id;
         let enter = tokio::time::timeout_at((asked_at + budget).into(), site.gate.enter(id));
-        match self.attended(enter).await? {
+        let outcome = self.attended(enter).await?;
+        site.events.held.observe(asked_at.elapsed());
+        match outcome {
             Some(Ok(pass)) => Ok(Some(pass)),
             Some(Err(_)) => {
+                site.events.holds_shed.count();
                 self.refuse(Box::new(Report::held_too_long())).await?;
                 Ok(None)
             }
-            None => Ok(None),
+            None => {
+                site.events.holds_canceled.count();
+                Ok(None)
+            }
         }
     }
 

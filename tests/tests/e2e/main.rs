@@ -3,3 +3,5 @@
 // `cfg(test)` tells clippy that the functions beside the tests are tests too.
 #[cfg(test)]
 mod harness;
+#[cfg(test)]
+mod login;
