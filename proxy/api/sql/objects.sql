@@ -112,6 +112,13 @@ BEGIN
     RAISE EXCEPTION 'pgcutover: epoch % of % is undecided', last_epoch, p_db USING ERRCODE = '55006',
       HINT = 'End it first: proxyctl abort.';
   END IF;
+  -- A commit that was decided here took the database away; only evidence of a newer one brings it back. Without this an
+  -- abort of a later epoch would open the fence of a server that has lost (found by the model).
+  IF coalesce((SELECT max(d.epoch) FROM pgcutover.decision d WHERE d.db = p_db AND d.outcome = 'commit'), 0)
+     > coalesce((SELECT max(e.epoch) FROM pgcutover.evidence e WHERE e.db = p_db), 0) THEN
+    RAISE EXCEPTION 'pgcutover: % has moved away from this server', p_db USING ERRCODE = '55000',
+      HINT = 'The source of a run is the server that takes the writes now: swap source and target.';
+  END IF;
   next_epoch := 1 + greatest(
     coalesce(last_epoch, 0),
     coalesce((SELECT max(d.epoch) FROM pgcutover.decision d WHERE d.db = p_db), 0),
@@ -329,6 +336,12 @@ BEGIN
   SELECT g.form, g.epoch INTO now_form, now_epoch FROM pgcutover.gates g WHERE g.db = p_db;
   IF NOT FOUND THEN
     RETURN false;
+  END IF;
+  IF EXISTS (SELECT FROM pgcutover.state s WHERE s.db = p_db
+             AND NOT EXISTS (SELECT FROM pgcutover.decision d WHERE d.db = p_db AND d.epoch = s.epoch)
+             AND NOT EXISTS (SELECT FROM pgcutover.evidence e WHERE e.db = p_db AND e.epoch = s.epoch)) THEN
+    RAISE EXCEPTION 'pgcutover: an epoch of % is undecided on this server: it is a source', p_db USING ERRCODE = '55000',
+      HINT = 'Source and target may be swapped in the configuration; end that epoch first: proxyctl abort.';
   END IF;
   IF now_epoch > p_epoch OR EXISTS (
       SELECT FROM pgcutover.state s WHERE s.db = p_db AND (s.epoch > p_epoch OR s.epoch = p_epoch AND s.run <> p_run)
