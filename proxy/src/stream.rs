@@ -174,16 +174,19 @@ impl Stream {
     }
 
     /// Tells the peer why, closes our half, and takes what the peer had still sent: a socket that is closed over unread
-    /// bytes resets the connection, and the peer would lose the report. The caller bounds the time; failures no longer
-    /// matter.
+    /// bytes resets the connection, and the peer would lose the report. Failures no longer matter; a peer that does not
+    /// read is left after five seconds.
     pub async fn refuse(&mut self, report: &Report) {
         /// Enough for a startup packet, a pipelined query or an HTTP request.
         const ROUNDS_MAX: usize = 32;
+        /// A few hundred bytes into an empty buffer take no time; only a full one makes us wait.
+        const SAYING: Duration = Duration::from_secs(5);
+        let words = report.to_bytes();
         let said = async {
-            self.write_all(&report.to_bytes()).await?;
+            self.write_all(&words).await?;
             self.shutdown().await
         };
-        if said.await.is_ok() {
+        if let Ok(Ok(())) = tokio::time::timeout(SAYING, said).await {
             let mut ignored = BytesMut::new();
             for _ in 0..ROUNDS_MAX {
                 match self.arrived(&mut ignored) {
@@ -268,5 +271,50 @@ impl AsyncWrite for Stream {
             Self::TlsServer(s) => s.is_write_vectored(),
             Self::TlsClient(s) => s.is_write_vectored(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncReadExt;
+
+    #[tokio::test]
+    async fn what_arrives_at_rest_is_kept_and_an_end_is_seen() {
+        let (mut peer, socket) = UnixStream::pair().unwrap();
+        let mut stream = Stream::Unix(socket);
+        let mut news = BytesMut::new();
+        assert_eq!(stream.arrived(&mut news), Arrived::Nothing);
+        peer.write_all(b"news").await.unwrap();
+        while stream.arrived(&mut news) == Arrived::Nothing {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!((stream.arrived(&mut news), &news[..]), (Arrived::Nothing, &b"news"[..]));
+        drop(peer);
+        while stream.arrived(&mut news) == Arrived::Nothing {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!((stream.arrived(&mut news), &news[..]), (Arrived::End, &b"news"[..]));
+    }
+
+    #[tokio::test]
+    async fn a_refusal_is_read_even_by_a_peer_that_sent_more_than_we_read() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (socket, _) = listener.accept().await.unwrap();
+        peer.write_all(&[b'x'; 5000]).await.unwrap();
+        socket.readable().await.unwrap();
+        let report = Report::admin_shutdown();
+        Stream::Tcp(socket).refuse(&report).await;
+        let mut said = Vec::new();
+        peer.read_to_end(&mut said).await.unwrap();
+        assert_eq!(said, report.to_bytes());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_does_not_read_is_left() {
+        let (_peer, socket) = UnixStream::pair().unwrap();
+        while socket.try_write(&[0; 4096]).is_ok() {}
+        Stream::Unix(socket).refuse(&Report::admin_shutdown()).await;
     }
 }
