@@ -5,3 +5,9 @@
 mod harness;
 #[cfg(test)]
 mod login;
+#[cfg(test)]
+mod armed;
+#[cfg(test)]
+mod store;
+#[cfg(test)]
+mod fence;
