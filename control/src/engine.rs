@@ -14,7 +14,7 @@ use crate::journal::JournalError;
 use crate::plan::{OnFailure, POINT_OF_NO_RETURN, Step};
 use crate::printer::Progress;
 use crate::state::{Began, Decision, Ending, Event, Facts, Phase};
-use crate::steps::{self, Scene, StepError, decided};
+use crate::steps::{self, Scene, StepError, Undo, decided};
 
 /// Where a test kills the process, as kill -9 would.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -219,6 +219,10 @@ impl Engine {
     /// A step failed before the decision.
     async fn go_back(&mut self) -> Result<(), JournalError> {
         self.progress.now("aborting");
+        // From here on a lease that ends does what we want; while we cannot ask the store, a proxy may be able to.
+        if let Some(leases) = self.scene.leases.take() {
+            leases.stop().await;
+        }
         let state = self.scene.journal.state();
         let mut decision = state.decision;
         if self.scene.claim.is_some() && decision.is_none() {
@@ -247,7 +251,11 @@ impl Engine {
             touched.into_iter().rev().partition(|step| matches!(step, Step::Paused | Step::Fenced));
         if held.contains(&Step::Paused) && self.scene.claim.is_some() {
             let fence = async {
-                if held.contains(&Step::Fenced) { steps::undo(Step::Fenced, &self.scene).await } else { Ok(()) }
+                if held.contains(&Step::Fenced) {
+                    steps::undo(Step::Fenced, &self.scene).await
+                } else {
+                    Ok(Undo::Nothing)
+                }
             };
             let (fenced, paused) = tokio::join!(fence, steps::undo(Step::Paused, &self.scene));
             self.scene.observe(
@@ -259,9 +267,6 @@ impl Engine {
             }
             self.undone(Step::Paused, paused)?;
         }
-        if let Some(leases) = self.scene.leases.take() {
-            leases.stop().await;
-        }
         for step in other {
             let outcome = steps::undo(step, &self.scene).await;
             self.undone(step, outcome)?;
@@ -269,9 +274,10 @@ impl Engine {
         Ok(())
     }
 
-    fn undone(&mut self, step: Step, outcome: Result<(), StepError>) -> Result<(), JournalError> {
+    fn undone(&mut self, step: Step, outcome: Result<Undo, StepError>) -> Result<(), JournalError> {
         let events = match outcome {
-            Ok(()) => vec![Event::Undone { step }],
+            Ok(Undo::Nothing) => return Ok(()),
+            Ok(Undo::Done) => vec![Event::Undone { step }],
             Err(error) => {
                 let found = error.findings.into_iter().map(|finding| Event::Found { finding });
                 found.chain([Event::UndoFailed { step, error: error.message }]).collect()

@@ -230,9 +230,12 @@ impl Report {
             Ending::Unfinished => {
                 format!("decided for {}, not confirmed everywhere: what is missing follows by itself", self.target)
             }
-            Ending::Undecided => {
+            Ending::Undecided if self.ended => {
                 format!("undecided: clients are held until {} answers; run 'proxyctl abort' when it does", self.source)
             }
+            Ending::Undecided => "undecided as far as the journal goes: when the leases end the proxies decide and follow; \
+                                  'proxyctl abort' ends it at once, 'proxyctl status' tells the outcome"
+                .to_owned(),
         };
         if self.ended { verdict } else { format!("{verdict} (proxyctl died: the journal breaks off)") }
     }

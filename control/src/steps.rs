@@ -127,7 +127,26 @@ impl StepError {
 
 impl From<ClusterError> for StepError {
     fn from(error: ClusterError) -> StepError {
-        StepError::plain(error.to_string())
+        let fix = match &error {
+            ClusterError::Unreachable { role, .. } | ClusterError::Lost { role, .. } | ClusterError::Deadline { role, .. } => {
+                format!("see that the server of [{role}] runs and answers, then run again")
+            }
+            ClusterError::Refused { role, sqlstate, .. } if sqlstate.starts_with("42") => {
+                format!("give proxyctl's role on the {role} what it lacks: 'proxyctl objects sql' lists the rights")
+            }
+            ClusterError::Refused { role, .. } | ClusterError::Answer { role, .. } => {
+                format!("see the message and the log of the {role}")
+            }
+        };
+        let role = match &error {
+            ClusterError::Unreachable { role, .. }
+            | ClusterError::Lost { role, .. }
+            | ClusterError::Deadline { role, .. }
+            | ClusterError::Refused { role, .. }
+            | ClusterError::Answer { role, .. } => role,
+        };
+        let finding = Finding::red("server", role.to_string(), error.to_string(), fix);
+        StepError::found(error.to_string(), vec![finding])
     }
 }
 
@@ -191,8 +210,17 @@ pub async fn run(step: Step, scene: &mut Scene) -> Result<Facts, StepError> {
     }
 }
 
+/// What taking a step back came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Undo {
+    /// It was taken back.
+    Done,
+    /// It left nothing that had to be.
+    Nothing,
+}
+
 /// Takes a step back. Only before the decision, and only once an abort is decided or no epoch was opened.
-pub async fn undo(step: Step, scene: &Scene) -> Result<(), StepError> {
+pub async fn undo(step: Step, scene: &Scene) -> Result<Undo, StepError> {
     match step {
         Step::Armed => armed::undo(scene).await,
         Step::Calm => calm::undo(scene).await,

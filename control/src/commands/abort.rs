@@ -52,16 +52,19 @@ pub async fn run(context: &Context) -> anyhow::Result<Exit> {
     Ok(exit)
 }
 
-/// The epoch that is open, or one whose abort is decided while its fence still stands.
+/// The epoch that is open, or a decided one whose fence still stands: its outcome says whether the fence may open.
 async fn open_or_fenced(source: &Cluster, database: &Name) -> Result<Option<Claim>, ClusterError> {
+    if !source.installed(STEP_DEADLINE).await? {
+        return Ok(None);
+    }
     let view = source.view(database, STEP_DEADLINE).await?;
     if let Some(open) = view.open {
         return Ok(Some(Claim { run: open.run, epoch: open.epoch }));
     }
     let gates = source.gates(STEP_DEADLINE).await?;
     let fenced = gates.iter().find(|gate| gate.db == database.as_str() && gate.form == Some(GateForm::Fenced));
-    let last = view.last.filter(|last| last.outcome == Outcome::Abort);
-    Ok(last
+    Ok(view
+        .last
         .filter(|last| fenced.is_some_and(|gate| gate.epoch == last.epoch))
         .map(|last| Claim { run: last.run, epoch: last.epoch }))
 }

@@ -17,7 +17,7 @@ use crate::proxies::{Fleet, ProxyError};
 use crate::report;
 use crate::state::Facts;
 use crate::steps::heartbeat::Heartbeat;
-use crate::steps::{STEP_DEADLINE, Scene, StepError, caught_up, fenced, inspection, install};
+use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, caught_up, fenced, inspection, install};
 
 /// One table takes milliseconds unless a writer sits on it; thousands of tables take a while.
 const ARM_TABLES: Duration = Duration::from_secs(60);
@@ -41,6 +41,8 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
         let found = ungated.iter().map(fenced::open_table).collect();
         return Err(StepError::found("tables of the source could not be gated", found));
     }
+    // Connected now, so that no login happens while clients are held.
+    scene.decider.view(&scene.database, STEP_DEADLINE).await?;
     let travel = see_through(scene, &subscriptions).await?;
     scene.heartbeat = Some(Heartbeat::start(&scene.clusters, &scene.database));
     holds(&scene.config.budgets, &scene.fleet).await?;
@@ -168,8 +170,8 @@ fn unknown(proxy: &str, row: &PrepareRow) -> Finding {
 }
 
 /// Everything stays, see above; the heartbeat ends with the run.
-pub async fn undo(_scene: &Scene) -> Result<(), StepError> {
-    Ok(())
+pub async fn undo(_scene: &Scene) -> Result<Undo, StepError> {
+    Ok(Undo::Nothing)
 }
 
 /// The servers are still the ones of the beginning, primaries both.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::clusters::{BadCell, Cells};
 use crate::finding::Finding;
 use crate::state::Facts;
-use crate::steps::{STEP_DEADLINE, Scene, StepError, transplanted};
+use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, transplanted};
 
 /// How long calm is waited for.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -119,8 +119,8 @@ fn predicted(scene: &Scene, storms: &mut Vec<Finding>) -> Option<u64> {
 }
 
 /// Nothing was done.
-pub async fn undo(_scene: &Scene) -> Result<(), StepError> {
-    Ok(())
+pub async fn undo(_scene: &Scene) -> Result<Undo, StepError> {
+    Ok(Undo::Nothing)
 }
 
 /// Calm may end at any moment; what it was for is behind us.

@@ -6,7 +6,7 @@
 use crate::clusters::{CatchUpError, Subscription};
 use crate::finding::Finding;
 use crate::state::Facts;
-use crate::steps::{STEP_DEADLINE, Scene, StepError};
+use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo};
 
 /// Sends the sentinel and waits.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
@@ -60,8 +60,8 @@ async fn idle_slots(scene: &Scene, subscriptions: &[Subscription]) -> Vec<Findin
 }
 
 /// Replication goes on as before.
-pub async fn undo(_scene: &Scene) -> Result<(), StepError> {
-    Ok(())
+pub async fn undo(_scene: &Scene) -> Result<Undo, StepError> {
+    Ok(Undo::Nothing)
 }
 
 /// The sentinel of this run and epoch is on the target.

@@ -8,7 +8,7 @@ use pgcutover_api::store::GateForm;
 
 use crate::state::Facts;
 use crate::steps::{
-    STEP_DEADLINE, Scene, StepError, armed, caught_up, durable, fenced, paused, transplanted, way_back,
+    STEP_DEADLINE, Scene, StepError, Undo, armed, caught_up, durable, fenced, paused, transplanted, way_back,
 };
 
 /// Looks.
@@ -18,8 +18,8 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
 }
 
 /// Nothing was done.
-pub async fn undo(_scene: &Scene) -> Result<(), StepError> {
-    Ok(())
+pub async fn undo(_scene: &Scene) -> Result<Undo, StepError> {
+    Ok(Undo::Nothing)
 }
 
 /// Every step before is still as it was left. Questions to one server queue on its connection; those to the others do not.

@@ -10,7 +10,7 @@ use pgcutover_api::store::{Outcome, Turn};
 use crate::clusters::{ClusterError, DecideError};
 use crate::finding::Finding;
 use crate::state::{Decision, Event, Facts};
-use crate::steps::{Scene, StepError, paused};
+use crate::steps::{Scene, StepError, Undo, paused};
 
 /// How long an outcome is asked for: as long as proxies hold their clients by default.
 pub const PATIENCE: Duration = Duration::from_secs(15);
@@ -79,8 +79,8 @@ fn again(error: &ClusterError) -> bool {
 }
 
 /// A decision is not taken back.
-pub async fn undo(_scene: &Scene) -> Result<(), StepError> {
-    Ok(())
+pub async fn undo(_scene: &Scene) -> Result<Undo, StepError> {
+    Ok(Undo::Nothing)
 }
 
 /// The store knows the commit.

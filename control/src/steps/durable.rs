@@ -5,7 +5,7 @@
 use crate::clusters::{Position, Sequence, drift};
 use crate::finding::Finding;
 use crate::state::Facts;
-use crate::steps::{STEP_DEADLINE, Scene, StepError};
+use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo};
 
 /// Reads there, sets here.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
@@ -30,8 +30,8 @@ fn unreadable(hidden: &[&Sequence], backend: &str) -> StepError {
 }
 
 /// The target's sequences stand further than needed, which harms nothing.
-pub async fn undo(_scene: &Scene) -> Result<(), StepError> {
-    Ok(())
+pub async fn undo(_scene: &Scene) -> Result<Undo, StepError> {
+    Ok(Undo::Nothing)
 }
 
 /// No sequence of the target stands less far than it has to.

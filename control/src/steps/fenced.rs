@@ -8,7 +8,7 @@ use pgcutover_api::store::GateForm;
 use crate::clusters::{BarrierError, Ungated};
 use crate::finding::Finding;
 use crate::state::Facts;
-use crate::steps::{STEP_DEADLINE, Scene, StepError};
+use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo};
 
 /// Flips, then waits.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
@@ -43,8 +43,9 @@ fn explain(error: &BarrierError) -> StepError {
 }
 
 /// Opens the gate again. The gate lets writes pass from the moment the abort is visible; this makes it cheap again.
-pub async fn undo(scene: &Scene) -> Result<(), StepError> {
-    scene.clusters.source.unfence(&scene.turn()?, STEP_DEADLINE).await.map_err(StepError::from)
+pub async fn undo(scene: &Scene) -> Result<Undo, StepError> {
+    scene.clusters.source.unfence(&scene.turn()?, STEP_DEADLINE).await?;
+    Ok(Undo::Done)
 }
 
 /// The gate is shut at this epoch, no table is without it, nothing is prepared.

@@ -14,13 +14,15 @@ use crate::finding::Finding;
 use crate::proxies::{ProxyErrors, SHOW_DEADLINE};
 use crate::report;
 use crate::state::{Event, Facts};
-use crate::steps::{STEP_DEADLINE, Scene, StepError, decided};
+use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, decided};
 
 /// A member that was seen within this is alive: proxies look at the store every second (R9).
 const ALIVE_MS: u64 = 3000;
 /// How long members that are not ours to command may take to hold by themselves: their look, and what it takes.
 const MEMBERS_PATIENCE: Duration = Duration::from_millis(1500);
 
+/// How long after its drain deadline a proxy may take to say so.
+const ANSWER: Duration = Duration::from_secs(1);
 /// Between two questions to a source that is away.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 
@@ -92,7 +94,7 @@ async fn pause_all(scene: &Scene, claim: Claim) -> Result<(), StepError> {
     let drain = scene.config.budgets.drain;
     let command = command(scene, claim)?;
     let ask_at = drain.mul_f32(0.75);
-    let pauses = scene.fleet.all(|proxy| proxy.order(&command, drain + SHOW_DEADLINE));
+    let pauses = scene.fleet.all(|proxy| proxy.order(&command, drain + ANSWER));
     let blockers = async {
         tokio::time::sleep(ask_at).await;
         let found = scene.fleet.each(|proxy| proxy.blockers(&scene.config.database)).await;
@@ -145,8 +147,8 @@ fn command(scene: &Scene, claim: Claim) -> Result<Command, StepError> {
 }
 
 /// Lets clients go on the source. The abort is decided; each proxy reads that itself before it resumes.
-pub async fn undo(scene: &Scene) -> Result<(), StepError> {
-    let Some(claim) = scene.claim else { return Ok(()) };
+pub async fn undo(scene: &Scene) -> Result<Undo, StepError> {
+    let Some(claim) = scene.claim else { return Ok(Undo::Nothing) };
     let database = scene.config.database.clone();
     let resume = Command::ResumeWith(ResumeWith { database, warrant: Warrant::Claim(claim) });
     let mut missed = Vec::new();
@@ -156,7 +158,7 @@ pub async fn undo(scene: &Scene) -> Result<(), StepError> {
         }
     }
     let still_held = held(scene, missed).await;
-    if still_held.is_empty() { Ok(()) } else { Err(StepError::from(ProxyErrors(still_held))) }
+    if still_held.is_empty() { Ok(Undo::Done) } else { Err(StepError::from(ProxyErrors(still_held))) }
 }
 
 /// A proxy that refused because it is open already has done what was wanted: its lease ended, or it never paused.

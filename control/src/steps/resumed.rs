@@ -2,38 +2,67 @@
 //!
 //! Invariant: a proxy resumes only where its own route has reached the epoch (PROTOCOL R7); it sees to that itself.
 
+use std::time::Duration;
+
 use pgcutover_api::command::{Command, ResumeWith, Warrant};
 use pgcutover_api::rows::GateState;
 
 use crate::proxies::{Proxy, ProxyError, SHOW_DEADLINE};
 use crate::report;
 use crate::state::Facts;
-use crate::steps::{STEP_DEADLINE, Scene, StepError, switched};
+use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, switched};
 
-/// Resumes all of them at once.
+/// Between two looks at a proxy that did not answer well.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+/// Resumes all of them at once, then waits for those that have to follow by themselves.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     let claim = scene.claim()?;
     let database = scene.config.database.clone();
     let order = Command::ResumeWith(ResumeWith { database, warrant: Warrant::Claim(claim) });
-    let answers = scene.fleet.each(|proxy| resume(scene, proxy, &order)).await;
-    let missed: Vec<ProxyError> = answers.into_iter().filter_map(|(_, answer)| answer.err()).collect();
+    let answers = scene.fleet.each(|proxy| proxy.order(&order, SHOW_DEADLINE)).await;
+    let unconfirmed = answers.iter().filter(|(_, answer)| answer.is_err()).count();
+    // Whoever answered well is looked at too: what counts is where it routes.
+    let all: Vec<ProxyError> =
+        answers.into_iter().map(|(proxy, answer)| answer.err().unwrap_or_else(|| astray(proxy))).collect();
     scene.observe(report::RESUME_ANSWERED, Facts::new());
     if let Some(leases) = scene.leases.take() {
         leases.stop().await;
     }
+    let missed = stragglers(scene, all).await;
     if !missed.is_empty() {
         return Err(switched::told(missed));
     }
     // A target that was once a source has a gate: its evidence is there, the no-op is cheaper.
     let settled = scene.clusters.target.settle(&scene.turn()?, STEP_DEADLINE).await.is_ok();
-    Ok(Facts::new().with("target_gate_settled", settled))
+    Ok(Facts::new().with("unconfirmed", unconfirmed).with("target_gate_settled", settled))
 }
 
-async fn resume(scene: &Scene, proxy: &Proxy, order: &Command) -> Result<(), ProxyError> {
-    match proxy.order(order, SHOW_DEADLINE).await {
-        Ok(_) => Ok(()),
-        Err(_) if serves_target(scene, proxy).await => Ok(()),
-        Err(error) => Err(error),
+fn astray(proxy: &str) -> ProxyError {
+    let message = "it resumed, but it does not route to the target".to_owned();
+    ProxyError { proxy: proxy.to_owned(), sqlstate: Some("55000".to_owned()), message }
+}
+
+/// Those that do not serve the target after all the patience there is.
+async fn stragglers(scene: &Scene, mut missed: Vec<ProxyError>) -> Vec<ProxyError> {
+    let until = tokio::time::Instant::now() + switched::PATIENCE;
+    loop {
+        let mut still = Vec::new();
+        for error in missed {
+            let proxy = scene.fleet.iter().find(|proxy| proxy.name() == error.proxy);
+            let there = match proxy {
+                Some(proxy) => serves_target(scene, proxy).await,
+                None => false,
+            };
+            if !there {
+                still.push(error);
+            }
+        }
+        if still.is_empty() || tokio::time::Instant::now() >= until {
+            return still;
+        }
+        missed = still;
+        tokio::time::sleep(LOOK_AGAIN).await;
     }
 }
 
@@ -43,8 +72,8 @@ async fn serves_target(scene: &Scene, proxy: &Proxy) -> bool {
 }
 
 /// Past the point of no return.
-pub async fn undo(_scene: &Scene) -> Result<(), StepError> {
-    Ok(())
+pub async fn undo(_scene: &Scene) -> Result<Undo, StepError> {
+    Ok(Undo::Nothing)
 }
 
 /// Every proxy serves the target.

@@ -1,45 +1,31 @@
 //! S9, first half: every proxy reads the commit and routes to the target.
 //!
-//! Invariant: decided before; a proxy that misses the order follows the decision by itself, so a miss is told, not undone.
+//! Invariant: decided before; a proxy that misses the order follows the decision by itself. Nobody waits for it here: the
+//! clients of the others are held.
 
 use std::time::Duration;
 
 use pgcutover_api::command::{Command, Switch, Warrant};
 
 use crate::finding::Finding;
-use crate::proxies::{Proxy, ProxyError, SHOW_DEADLINE};
+use crate::proxies::{Proxy, ProxyError};
 use crate::state::Facts;
-use crate::steps::{Scene, StepError};
+use crate::steps::{Scene, StepError, Undo};
 
 /// A proxy looks at the store every second: after this it has followed, or something is wrong with it.
 pub const PATIENCE: Duration = Duration::from_secs(4);
-/// Between two looks at a proxy that did not answer well.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// Reading one row and replacing one file; the clients of the other proxies wait as long.
+const ANSWER: Duration = Duration::from_secs(1);
 
 /// Switches all of them at once.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     let claim = scene.claim()?;
     let (database, backend) = (scene.config.database.clone(), scene.config.target.backend.clone());
     let order = Command::Switch(Switch { database, backend, warrant: Warrant::Claim(claim) });
-    let answers = scene.fleet.each(|proxy| switch(scene, proxy, &order)).await;
-    let missed: Vec<ProxyError> = answers.into_iter().filter_map(|(_, answer)| answer.err()).collect();
-    if missed.is_empty() {
-        Ok(Facts::new().with("backend", scene.config.target.backend.as_str()))
-    } else {
-        Err(told(missed))
-    }
-}
-
-async fn switch(scene: &Scene, proxy: &Proxy, order: &Command) -> Result<(), ProxyError> {
-    let Err(error) = proxy.order(order, SHOW_DEADLINE).await else { return Ok(()) };
-    let until = tokio::time::Instant::now() + PATIENCE;
-    while tokio::time::Instant::now() < until {
-        if routes_to_target(scene, proxy).await {
-            return Ok(());
-        }
-        tokio::time::sleep(LOOK_AGAIN).await;
-    }
-    Err(error)
+    let answers = scene.fleet.each(|proxy| proxy.order(&order, ANSWER)).await;
+    let missed: Vec<String> =
+        answers.into_iter().filter_map(|(_, answer)| answer.err()).map(|error| error.to_string()).collect();
+    Ok(Facts::new().with("backend", scene.config.target.backend.as_str()).with("unconfirmed", missed))
 }
 
 /// Whether it has got there, by the order or by itself.
@@ -59,8 +45,8 @@ pub fn told(missed: Vec<ProxyError>) -> StepError {
 }
 
 /// Past the point of no return.
-pub async fn undo(_scene: &Scene) -> Result<(), StepError> {
-    Ok(())
+pub async fn undo(_scene: &Scene) -> Result<Undo, StepError> {
+    Ok(Undo::Nothing)
 }
 
 /// Every proxy routes to the target.

@@ -6,7 +6,7 @@ use pgcutover_api::rows::{SessionRow, YesNo};
 
 use crate::finding::Finding;
 use crate::state::Facts;
-use crate::steps::{Scene, StepError};
+use crate::steps::{Scene, StepError, Undo};
 
 /// Proves it.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
@@ -15,8 +15,8 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
 }
 
 /// Nothing was moved.
-pub async fn undo(_scene: &Scene) -> Result<(), StepError> {
-    Ok(())
+pub async fn undo(_scene: &Scene) -> Result<Undo, StepError> {
+    Ok(Undo::Nothing)
 }
 
 /// Still none is tied.

@@ -6,7 +6,7 @@
 
 use crate::finding::Finding;
 use crate::state::Facts;
-use crate::steps::{STEP_DEADLINE, Scene, StepError};
+use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo};
 
 /// Makes it, where asked for.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
@@ -39,11 +39,12 @@ fn slot(scene: &Scene) -> Result<String, StepError> {
 }
 
 /// Drops it.
-pub async fn undo(scene: &Scene) -> Result<(), StepError> {
+pub async fn undo(scene: &Scene) -> Result<Undo, StepError> {
     if !scene.config.way_back.enabled {
-        return Ok(());
+        return Ok(Undo::Nothing);
     }
-    scene.clusters.target.drop_slot(&slot(scene)?, STEP_DEADLINE).await.map_err(StepError::from)
+    scene.clusters.target.drop_slot(&slot(scene)?, STEP_DEADLINE).await?;
+    Ok(Undo::Done)
 }
 
 /// A slot does not go by itself.
