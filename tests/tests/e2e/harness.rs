@@ -166,8 +166,9 @@ async fn a_cluster_offers_tls_with_the_certificate_it_was_given() {
 fn nothing_is_left_after_a_panic_ctrl_c_sigterm_or_sigkill() {
     for end in [None, Some(Signal::SIGINT), Some(Signal::SIGTERM), Some(Signal::SIGKILL)] {
         let (mut child, dir, pid) = victim(end.is_none());
-        assert!(alive(pid), "the victim's server does not run");
+        // The one that panics may be done with it already.
         if let Some(signal) = end {
+            assert!(alive(pid), "the victim's server does not run");
             kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
         }
         child.wait().unwrap();
