@@ -105,6 +105,8 @@ pub struct Server {
     pub tls: bool,
     /// The client it serves; 0 for none.
     pub client: AtomicU64,
+    /// The route's generation that it belongs to; [`Server::PARKED`] before its backend is active.
+    pub generation: AtomicU64,
     /// Cancel requests on their way to it.
     cancels: AtomicU32,
     cancelled: Notify,
@@ -237,6 +239,9 @@ impl Drop for CancelMark {
 }
 
 impl Server {
+    /// No generation yet: prewarmed, and newer than all.
+    pub const PARKED: u64 = u64::MAX;
+
     /// What others may know of a connection that has just been opened.
     #[must_use]
     #[expect(clippy::too_many_arguments, reason = "one constructor for one record; each field has one source")]
@@ -265,9 +270,16 @@ impl Server {
             local_addr: connection.stream.local_address(),
             tls: connection.stream.is_tls(),
             client: AtomicU64::new(0),
+            generation: AtomicU64::new(Self::PARKED),
             cancels: AtomicU32::new(0),
             cancelled: Notify::new(),
         })
+    }
+
+    /// Whether it waits for its backend to become active.
+    #[must_use]
+    pub fn is_parked(&self) -> bool {
+        self.generation.load(Ordering::Relaxed) == Self::PARKED
     }
 
     /// Whether a cancel is on its way to it.

@@ -337,6 +337,16 @@ impl Config {
             .unwrap_or(self.general.default_pool_size)
     }
 
+    /// The same configuration with another `[pgcutover]`.
+    ///
+    /// # Errors
+    /// Key and reason.
+    pub fn with_general(&self, general: General) -> Result<Self, String> {
+        let config = Self { general, ..self.clone() };
+        config.check().map_err(|(key, reason)| format!("{key}: {reason}"))?;
+        Ok(config)
+    }
+
     fn check(&self) -> Result<(), (String, String)> {
         self.check_general()?;
         self.databases.iter().try_for_each(|(name, database)| check_database(name, database))
@@ -555,5 +565,27 @@ mod tests {
         assert!(error.contains("drain_timeout"), "{error}");
         let error = parse(&format!("[pgcutover]\nhold_budget = 4\n{SMALL}")).unwrap_err();
         assert!(error.contains("hold_budget"), "{error}");
+    }
+
+    const SAMPLE: &str = include_str!("../../config/pgcutover.toml");
+
+    #[test]
+    fn the_sample_file_sets_the_defaults_and_nothing_else() {
+        let path = Path::new("/etc/pgcutover.toml");
+        let sample = Config::parse(SAMPLE, path).unwrap();
+        let defaults = Config::parse("", path).unwrap();
+        assert_eq!(format!("{:?}", sample.general), format!("{:?}", defaults.general));
+        assert!(sample.databases.is_empty());
+    }
+
+    /// Every key that the file may have is in the sample, set or as an example; the list comes from the types.
+    #[test]
+    fn the_sample_file_names_every_key() {
+        let fields = include_str!("config/raw.rs").lines().filter_map(|line| line.trim().strip_prefix("pub(super) "));
+        let keys = fields.filter_map(|rest| rest.split_once(':').map(|(key, _)| key)).filter(|key| !key.contains(' '));
+        for key in keys.filter(|key| !["pgcutover", "databases", "users", "peers", "backends"].contains(key)) {
+            let named = SAMPLE.lines().any(|l| l.trim_start_matches("# ").starts_with(&format!("{key} =")));
+            assert!(named, "config/pgcutover.toml does not name '{key}'");
+        }
     }
 }

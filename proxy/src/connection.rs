@@ -52,6 +52,8 @@ pub struct Door {
     pub inside: Arc<AtomicU32>,
     /// Of these, not logged in yet.
     pub logging_in: Arc<AtomicU32>,
+    /// One change of the configuration at a time: RELOAD and SET.
+    pub changing: tokio::sync::Mutex<()>,
 }
 
 /// An authenticated visitor of the console.

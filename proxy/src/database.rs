@@ -7,12 +7,14 @@ mod blockers;
 mod link;
 mod pause;
 mod refusal;
+mod reload;
 mod switch;
 mod verdict;
 mod watch;
 
 pub use blockers::Blocker;
 pub use refusal::{Refusal, Why};
+pub use reload::Change;
 pub use switch::{Switched, SwitchedBy};
 pub use watch::watch;
 
@@ -101,8 +103,9 @@ impl Database {
     /// # Errors
     /// The reason, for the configuration's error: a damaged route file, a route to a backend that is not declared, or
     /// TLS settings that can't be.
-    pub fn start(name: &str, process: Process) -> Result<Arc<Self>, String> {
-        let config = process.config.load_full();
+    pub fn start(name: &str, config: &Config, mut process: Process) -> Result<Arc<Self>, String> {
+        // Ends with the process, or before it when the database is removed.
+        process.closing = process.closing.child_token();
         let settings = config.databases.get(name).ok_or("is not declared")?;
         let declared = declare(settings)?;
         let file = route::file(&config.general.state_dir, name);
@@ -210,28 +213,9 @@ impl Database {
         self.welcome.load().as_ref().clone()
     }
 
-    /// Takes over a new configuration of this database. An active backend whose address changes moves here: nobody
-    /// fenced it, so it goes through a pause of its own.
-    ///
-    /// # Errors
-    /// The reason; nothing has changed then.
-    pub async fn reload(&self, settings: &config::Database) -> Result<(), String> {
-        let declared = declare(settings)?;
-        let active = self.site.route.active();
-        let Some(now) = declared.get(&*active.backend) else {
-            return Err(format!("the active backend '{}' is not declared any more", active.backend));
-        };
-        let moved = self.declared.load().get(&*active.backend).is_none_or(|before| before.settings != now.settings);
-        if moved {
-            self.move_address(&active, Arc::clone(&now.endpoint)).await?;
-        }
-        if *active.backend != settings.active {
-            tracing::warn!(database = %self.site.database, configured = %settings.active, active = %active.backend,
-                "the configuration's `active` differs from the route, which wins");
-        }
-        lock(&self.links).clear();
-        self.declared.store(Arc::new(declared));
-        Ok(())
+    /// Ends the watch: the database is gone.
+    pub fn close(&self) {
+        self.process.closing.cancel();
     }
 
     fn endpoint(&self, backend: &str) -> Option<Arc<Endpoint>> {

@@ -70,6 +70,14 @@ impl Site {
         servers.retain(|_, server| server.strong_count() > 0);
         servers.values().filter_map(Weak::upgrade).collect()
     }
+
+    /// Server connections of a former generation: each closes when next at rest.
+    pub fn retired(&self) -> Vec<Arc<Server>> {
+        let now = self.route.generation();
+        let mut servers = self.servers();
+        servers.retain(|server| server.generation.load(Ordering::Relaxed) < now);
+        servers
+    }
 }
 
 /// The pool of one user of one database.
@@ -196,14 +204,7 @@ impl Pool {
     }
 
     async fn wait(self: &Arc<Self>, worker: usize) -> Result<Box<Pooled>, NoServer> {
-        let (hand, hold) = oneshot::channel();
-        let refuse = Arc::new(Mutex::new(None));
-        let mut inner = self.lock();
-        inner.next_ticket += 1;
-        let waiter =
-            Waiter { ticket: inner.next_ticket, worker, since: Instant::now(), hand, refuse: Arc::clone(&refuse) };
-        inner.waiters.push_back(waiter);
-        drop(inner);
+        let (hold, refuse) = self.queue(worker);
         // Looked at after the waiter stands in the queue: a pause either finds it there or is seen here.
         if self.site.gate.is_shut() {
             self.send_back_waiters();
@@ -220,6 +221,17 @@ impl Pool {
                 Err(refused(Report::query_wait_timeout()))
             }
         }
+    }
+
+    /// Takes a place at the end of the queue.
+    fn queue(&self, worker: usize) -> (oneshot::Receiver<Box<Pooled>>, Arc<Mutex<Option<Report>>>) {
+        let (hand, hold) = oneshot::channel();
+        let refuse = Arc::new(Mutex::new(None));
+        let mut inner = self.lock();
+        inner.next_ticket += 1;
+        let ticket = inner.next_ticket;
+        inner.waiters.push_back(Waiter { ticket, worker, since: Instant::now(), hand, refuse: Arc::clone(&refuse) });
+        (hold, refuse)
     }
 
     /// Sends those who wait for a connection back to the gate: their transactions have not begun.
@@ -411,6 +423,7 @@ impl Opener {
         let outcome = self.pool.connect(&active, place, worker).await;
         match outcome {
             Ok(pooled) => {
+                pooled.shared.generation.store(active.generation, Ordering::Relaxed);
                 self.pool.welcome.store(Arc::new(Some(Arc::clone(&pooled.initial))));
                 self.pool.lock().failed_at = None;
                 self.pool.put(pooled);

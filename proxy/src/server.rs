@@ -7,6 +7,8 @@ mod admin;
 mod instance;
 mod listener;
 mod reload;
+mod rows;
+mod settings;
 mod worker;
 
 use std::collections::BTreeMap;
@@ -146,8 +148,6 @@ async fn all_gone(door: &Door) {
 fn door(config: Config, workers: usize) -> anyhow::Result<Arc<Door>> {
     let (users, acceptor) = reload::load_parts(&config).map_err(anyhow::Error::msg)?;
     let instance = instance::name(&config.general).context("the instance's name")?;
-    let names: Vec<String> = config.databases.keys().cloned().collect();
-    let file = config.path.display().to_string();
     let process = Process {
         config: Arc::new(ArcSwap::from_pointee(config)),
         tasks: TaskTracker::new(),
@@ -160,10 +160,11 @@ fn door(config: Config, workers: usize) -> anyhow::Result<Arc<Door>> {
         address: Arc::new(Mutex::new(String::new())),
     };
     let mut databases = BTreeMap::new();
-    for name in names {
-        let database = Database::start(&name, process.clone())
-            .map_err(|reason| anyhow::anyhow!("{file}: databases.{name}: {reason}"))?;
-        databases.insert(name, database);
+    let config = process.config.load_full();
+    for name in config.databases.keys() {
+        let database = Database::start(name, &config, process.clone())
+            .map_err(|reason| anyhow::anyhow!("{}: databases.{name}: {reason}", config.path.display()))?;
+        databases.insert(name.clone(), database);
     }
     Ok(Arc::new(Door {
         process,
@@ -175,6 +176,7 @@ fn door(config: Config, workers: usize) -> anyhow::Result<Arc<Door>> {
         book: Book::new(workers + 1, Instant::now()),
         inside: Arc::default(),
         logging_in: Arc::default(),
+        changing: tokio::sync::Mutex::default(),
     }))
 }
 

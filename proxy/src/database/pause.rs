@@ -1,4 +1,4 @@
-//! PAUSE, RESUME and RENEW of one database.
+//! PAUSE, RESUME, RENEW and KILL of one database.
 //!
 //! Invariant: an epoch pause begins only for an epoch that its store has open, on the backend that the run names as its
 //! source; it ends only by a switch to that epoch, by a read abort, or by force. A pause without an epoch that is
@@ -24,6 +24,12 @@ const LOCK_LOOK: Duration = Duration::from_millis(100);
 /// How long one cancel request may take.
 const CANCEL: Duration = Duration::from_secs(2);
 
+/// How long KILL waits for its clients to be gone: a last word to a client that does not read takes two seconds.
+const KILL: Duration = Duration::from_secs(5);
+
+/// How often it looks.
+const KILL_LOOK: Duration = Duration::from_millis(10);
+
 impl Database {
     /// PgBouncer's PAUSE: no deadline; ready when no transaction is open and no server connection at rest is left.
     ///
@@ -31,7 +37,7 @@ impl Database {
     ///
     /// # Errors
     /// Paused already, or resumed by somebody before it was complete.
-    pub async fn pause(self: &Arc<Self>, owner: String) -> Result<(), Refusal> {
+    pub async fn pause(self: &Arc<Self>, owner: String) -> Result<PauseId, Refusal> {
         let lease = self.site.config.load().general.pause_lease_default;
         let intent = Intent { owner, epoch: None, lease: (!lease.is_zero()).then_some(lease) };
         let id = self.shut(intent)?;
@@ -42,7 +48,7 @@ impl Database {
             Drained::Yes => {
                 // As in PgBouncer: whoever paused may restart the server now.
                 self.pools().iter().for_each(|pool| pool.close_idle());
-                Ok(())
+                Ok(id)
             }
             Drained::Ended => Err(self.resumed()),
         }
@@ -172,6 +178,25 @@ impl Database {
 
     fn active_clients(&self) -> impl Iterator<Item = Arc<crate::client::Client>> {
         self.clients().into_iter().filter(|client| client.state() == State::Active)
+    }
+
+    /// PgBouncer's KILL: ends every client and the server connections with them; the gate stays shut.
+    pub async fn kill(&self, owner: String) {
+        // Shut by somebody already: it stays theirs.
+        let _ = self.shut(Intent { owner, epoch: None, lease: None });
+        let victims = self.clients();
+        victims.iter().for_each(|client| client.order(Order::Kill));
+        let gone = async {
+            // A client's end has no other sign, and a few looks cost nothing. Ended by the clock below.
+            while victims.iter().any(|victim| self.process.clients.find(victim.who.id).is_some()) {
+                tokio::time::sleep(KILL_LOOK).await;
+            }
+        };
+        if tokio::time::timeout(KILL, gone).await.is_err() {
+            tracing::warn!(database = %self.name(), "some killed clients are still leaving");
+        }
+        // Only now: a session-pooled client gives its connection back when it leaves.
+        self.pools().iter().for_each(|pool| pool.close_idle());
     }
 
     /// PgBouncer's RESUME, also of a pause that is still draining.

@@ -15,7 +15,7 @@ use crate::client::{Client, Order};
 use crate::config::PoolMode;
 use crate::database::refusal::{Refusal, Why};
 use crate::database::{Database, SWITCHES_KEPT, lock};
-use crate::gate::{Drained, Intent, Pause};
+use crate::gate::{Intent, Pause};
 use crate::pool;
 use crate::pool::Pool;
 use crate::route::{Active, Endpoint};
@@ -135,37 +135,6 @@ impl Database {
         Ok(())
     }
 
-    /// A changed address of the active backend: nobody fenced anything, so at least nothing runs on both sides.
-    pub(super) async fn move_address(&self, active: &Active, endpoint: Arc<Endpoint>) -> Result<(), String> {
-        let _alone = self.moving.lock().await;
-        let drain = self.site.config.load().general.drain_timeout;
-        let paused = self.site.gate.pause();
-        if let Some(claim) = paused.as_ref().and_then(Pause::claim) {
-            return Err(format!("the address of '{}' can't change while {claim} pauses it", active.backend));
-        }
-        let own = match &paused {
-            Some(_) => None,
-            None => {
-                let intent = Intent { owner: "reload".to_owned(), epoch: None, lease: None };
-                Some(self.shut(intent).map_err(|refusal| refusal.message)?)
-            }
-        };
-        let id = own.or(paused.map(|pause| pause.id)).ok_or("the pause ended")?;
-        let drained = tokio::time::timeout(drain, self.drain(id)).await;
-        let moved = matches!(drained, Ok(Drained::Yes));
-        if moved {
-            tracing::warn!(database = %self.name(), backend = %active.backend,
-                "RELOAD changes the address of the active backend: a move that nobody fenced");
-            self.pools().iter().for_each(|pool| pool.close_idle());
-            self.site.route.renew(endpoint);
-            self.record(&active.backend, &active.backend, active.epoch, None, SwitchedBy::Reload);
-        }
-        if let Some(id) = own {
-            self.site.gate.open(id);
-        }
-        if moved { Ok(()) } else { Err(format!("the address of '{}' can't change: transactions were open for {drain:?}", active.backend)) }
-    }
-
     fn drained_pause(&self) -> Result<Pause, Refusal> {
         let pause = self.site.gate.pause();
         let pause = pause.ok_or_else(|| Refusal::new(Why::WrongState, format!("{} is not paused", self.name())))?;
@@ -240,7 +209,7 @@ impl Database {
         tracing::info!(database = %self.name(), from, to = backend, %epoch, ?by, "switched");
     }
 
-    fn record(&self, from: &str, to: &str, epoch: Epoch, run: Option<RunId>, by: SwitchedBy) {
+    pub(super) fn record(&self, from: &str, to: &str, epoch: Epoch, run: Option<RunId>, by: SwitchedBy) {
         let switched = Switched {
             at: SystemTime::now(),
             from: from.to_owned(),

@@ -87,6 +87,7 @@ impl Pool {
         for mut pooled in parked.connections {
             pooled.generation = generation;
             if pooled.is_alive() {
+                pooled.shared.generation.store(generation, Ordering::Relaxed);
                 pooled.place = self.force_place();
                 self.welcome.store(Arc::new(Some(Arc::clone(&pooled.initial))));
                 self.put(pooled);
