@@ -242,6 +242,7 @@ CREATE TABLE history_1 PARTITION OF history FOR VALUES WITH (MODULUS 2, REMAINDE
 GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON ALL TABLES IN SCHEMA public TO app, other;
 GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA public TO app, other;
 RESET ROLE;
+GRANT SELECT (rolname, rolpassword) ON pg_catalog.pg_authid TO pgcutover;
 ";
 
 async fn make_database(cluster: &Cluster) -> Result<()> {

@@ -251,7 +251,9 @@ pub async fn gather(clusters: &Clusters, inquiry: &Inquiry) -> Result<Facts, Clu
         cluster(&clusters.target, inquiry),
         replication(clusters, inquiry)
     )?;
-    let members = if source.store.is_some() { clusters.source.members(&inquiry.db, limit).await? } else { Vec::new() };
+    // Without the owner's rights there is nothing to read; that is a finding already.
+    let ours = source.store.as_ref().is_some_and(|store| store.lacks.is_none());
+    let members = if ours { clusters.source.members(&inquiry.db, limit).await? } else { Vec::new() };
     Ok(Facts {
         db: inquiry.db.clone(),
         source,
@@ -468,6 +470,10 @@ async fn attempts(cluster: &Cluster, inquiry: &Inquiry) -> Result<Vec<Attempt>, 
 async fn attempt(cluster: &Cluster, right: &'static str, sql: &str, limit: Duration) -> Result<Attempt, ClusterError> {
     match cluster.ask(right, sql, limit).await {
         Ok(_) => Ok(Attempt { right, refusal: None }),
+        // No room is not a lack of rights: it has a check of its own.
+        Err(ClusterError::Refused { sqlstate, .. }) if right == "slot" && sqlstate == "53400" => {
+            Ok(Attempt { right, refusal: None })
+        }
         Err(ClusterError::Refused { message, sqlstate, .. }) => {
             Ok(Attempt { right, refusal: Some(format!("{message} [{sqlstate}]")) })
         }

@@ -11,3 +11,5 @@ mod armed;
 mod store;
 #[cfg(test)]
 mod fence;
+#[cfg(test)]
+mod preflight;

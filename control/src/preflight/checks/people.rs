@@ -99,7 +99,8 @@ fn verifier_of(facts: &Facts, role: &LoginRole, check: &str) -> Option<Finding> 
     if facts.source.verifiers == Verifiers::Hidden || facts.target.verifiers == Verifiers::Hidden {
         let fix = "GRANT SELECT (rolname, rolpassword) ON pg_authid to our login on both sides, or prove a login of this user \
                    through every proxy (PREPARE SWITCH).";
-        return Some(Finding::red(check, object, "its password verifiers may not be compared", fix));
+        let problem = "its password verifiers may not be compared".to_owned();
+        return Some(worst_for(role, false)(check, object, problem, fix.to_owned()));
     }
     if role.verifier == there.verifier {
         return None;
