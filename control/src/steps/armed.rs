@@ -6,7 +6,6 @@
 
 use std::time::Duration;
 
-use pgcutover_api::command::{Command, PrepareSwitch};
 use pgcutover_api::rows::{PrepareRow, Verdict};
 use pgcutover_api::store::Identity;
 
@@ -21,15 +20,12 @@ use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, caught_up, fenced, ins
 
 /// One table takes milliseconds unless a writer sits on it; thousands of tables take a while.
 const ARM_TABLES: Duration = Duration::from_secs(60);
-/// Opening connections on a busy target.
-const PREPARE: Duration = Duration::from_secs(20);
 /// The first sentinel also pays for a subscription that has just been refreshed, whose worker starts anew.
 const FIRST_SENTINEL: Duration = Duration::from_secs(20);
 
 /// Does all that.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     identify(scene).await?;
-    let opened = prepare(scene).await?;
     let findings = inspection::inspect(&scene.config, &scene.clusters, &scene.fleet).await?;
     admit(scene, findings)?;
     install::install(&scene.config, &scene.clusters).await?;
@@ -46,6 +42,7 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     let travel = see_through(scene, &subscriptions).await?;
     scene.heartbeat = Some(Heartbeat::start(&scene.clusters, &scene.database));
     holds(&scene.config.budgets, &scene.fleet).await?;
+    let opened = prepare(scene).await?;
     Ok(Facts::new()
         .with("first_sentinel_ms", travel.as_secs_f64() * 1000.0)
         .with("connections_prepared", opened)
@@ -122,31 +119,26 @@ fn span(text: &str) -> Option<Duration> {
     seconds.or_else(|| humantime::parse_duration(text).ok())
 }
 
-/// Every proxy opens connections to the target, and says for each user what became of it.
+/// Right before the pause once more: what preflight had opened may have gone idle, and refusals count now.
 async fn prepare(scene: &mut Scene) -> Result<u32, StepError> {
-    let command = Command::PrepareSwitch(PrepareSwitch {
-        database: scene.config.database.clone(),
-        backend: scene.config.target.backend.clone(),
-        connections: Some(scene.config.policy.prewarm),
-    });
-    let verdicts = scene.fleet.all(|proxy| proxy.rows::<PrepareRow>(&command, PREPARE)).await;
-    let verdicts: Vec<(String, PrepareRow)> = verdicts
-        .map_err(|errors| refused(errors.0, &scene.config.target.backend))?
-        .into_iter()
-        .flat_map(|(proxy, rows)| rows.into_iter().map(move |row| (proxy.to_owned(), row)))
-        .collect();
-    let mut red = Vec::new();
-    for (proxy, row) in &verdicts {
-        match row.status {
-            Verdict::In => {}
-            Verdict::Refused => red.push(refusal(proxy, row)),
-            Verdict::Unknown => scene.find(unknown(proxy, row)),
+    let config = &scene.config;
+    let verdicts = scene.fleet.all(|proxy| inspection::prepare(config, proxy)).await;
+    let verdicts = verdicts.map_err(|errors| refused(errors.0, &scene.config.target.backend))?;
+    let (mut opened, mut red, mut doubts) = (0, Vec::new(), Vec::new());
+    for (proxy, rows) in &verdicts {
+        for row in rows {
+            opened += row.open;
+            match row.status {
+                Verdict::In => {}
+                Verdict::Refused => red.push(refusal(proxy, row)),
+                Verdict::Unknown => doubts.push(unknown(proxy, row)),
+            }
         }
     }
-    if !red.is_empty() {
-        return Err(StepError::found("the target refuses users of the source", red));
+    for finding in doubts {
+        scene.find(finding);
     }
-    Ok(verdicts.iter().map(|(_, row)| row.open).sum())
+    if red.is_empty() { Ok(opened) } else { Err(StepError::found("the target refuses users of the source", red)) }
 }
 
 fn refused(errors: Vec<ProxyError>, target: &str) -> StepError {

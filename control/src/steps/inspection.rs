@@ -1,20 +1,24 @@
 //! What preflight wants to know of the proxies, and its findings.
 //!
-//! Invariant: changes nothing, but for the connections that proxies open to the target on the way.
+//! Invariant: changes nothing, but for the connections that proxies open to the target: a login is proved by doing it.
 
 use std::time::Duration;
 
-use pgcutover_api::rows::BackendRow;
+use pgcutover_api::command::{Command, PrepareSwitch};
+use pgcutover_api::rows::{BackendRow, PrepareRow, Verdict as Answer};
 
 use crate::clusters::Clusters;
 use crate::config::Config;
 use crate::finding::Finding;
-use crate::preflight::{self, Control, Inquiry, Limits, ProxyBackend, ProxyFacts};
+use crate::preflight::{self, Control, Inquiry, Limits, LoginVerdict, ProxyBackend, ProxyFacts, Verdict};
 use crate::proxies::{Fleet, Proxy, ProxyError};
 use crate::steps::{StepError, paused};
 
 /// One question of preflight: catalogues of thousands of tables take a second.
 const QUESTION: Duration = Duration::from_secs(15);
+
+/// Opening connections on a busy target.
+const PREPARE: Duration = Duration::from_secs(20);
 
 /// Asks everybody and judges.
 pub async fn inspect(config: &Config, clusters: &Clusters, fleet: &Fleet) -> Result<Vec<Finding>, StepError> {
@@ -47,9 +51,27 @@ async fn of_proxy(config: &Config, proxy: &Proxy) -> Result<ProxyFacts, ProxyErr
         control: if bool::from(gate.control) { Control::Given } else { Control::Missing },
         server_pids: proxy.server_pids(database).await?,
         backends: backends.iter().map(backend).collect(),
-        // Their verdicts come with PREPARE SWITCH, which the step judges itself.
-        logins: Vec::new(),
+        logins: prepare(config, proxy).await?.into_iter().map(login).collect(),
     })
+}
+
+/// The proxy opens connections to the target, and says for each user what became of it.
+pub async fn prepare(config: &Config, proxy: &Proxy) -> Result<Vec<PrepareRow>, ProxyError> {
+    let command = Command::PrepareSwitch(PrepareSwitch {
+        database: config.database.clone(),
+        backend: config.target.backend.clone(),
+        connections: Some(config.policy.prewarm),
+    });
+    proxy.rows(&command, PREPARE).await
+}
+
+fn login(row: PrepareRow) -> LoginVerdict {
+    let verdict = match row.status {
+        Answer::In => Verdict::In,
+        Answer::Refused => Verdict::Refused(format!("{} [{}]", row.message, row.sqlstate)),
+        Answer::Unknown => Verdict::Unknown,
+    };
+    LoginVerdict { user: row.user, verdict }
 }
 
 fn backend(row: &BackendRow) -> ProxyBackend {
