@@ -71,6 +71,10 @@ impl Database {
         let undo = Undo { database: self, id: (!owned).then_some(id) };
         let outcome = self.drain_until(id, drain, pause.on_timeout).await;
         undo.keep();
+        if owned && outcome.is_ok() {
+            // Whoever checks the members before deciding finds this proxy paused now, not at its next look.
+            self.enrol_member().await;
+        }
         outcome
     }
 
@@ -207,7 +211,7 @@ impl Database {
         let pause = self.site.gate.pause().ok_or_else(|| self.not_paused())?;
         match pause.epoch {
             Some(_) => Err(self.held_by(&pause)),
-            None if self.site.gate.open(pause.id) => Ok(()),
+            None if self.open(&pause) => Ok(()),
             None => Err(self.not_paused()),
         }
     }
@@ -264,14 +268,16 @@ impl Database {
     }
 
     /// Opens the gate if this pause still holds it, and completes the record of a switch made under it.
-    pub(super) fn open(&self, pause: &Pause) {
-        if self.site.gate.open(pause.id) {
-            let pause_ms = pause.since.elapsed();
-            if let Some(last) = lock(&self.switches).back_mut().filter(|last| last.pause.is_none()) {
-                last.pause = Some(pause_ms);
-            }
-            tracing::info!(database = %self.name(), owner = %pause.owner, ?pause_ms, "resumed");
+    pub(super) fn open(&self, pause: &Pause) -> bool {
+        if !self.site.gate.open(pause.id) {
+            return false;
         }
+        let pause_ms = pause.since.elapsed();
+        if let Some(last) = lock(&self.switches).back_mut().filter(|last| last.pause.is_none()) {
+            last.pause = Some(pause_ms);
+        }
+        tracing::info!(database = %self.name(), owner = %pause.owner, ?pause_ms, "resumed");
+        true
     }
 
     pub(super) fn turn(&self, claim: Claim) -> Result<Turn, Silence> {

@@ -106,14 +106,16 @@ impl Database {
         }
     }
 
-    async fn enrol_member(&self) {
+    /// Writes this proxy's row among the members: paused only once it is drained.
+    pub(super) async fn enrol_member(&self) {
         let active = self.site.route.active();
+        let drained = self.site.gate.pause().filter(|_| self.site.gate.passes() == 0);
         let member = Member {
             instance: self.process.instance.to_string(),
             address: crate::database::lock(&self.process.address).clone(),
             backend: active.backend.to_string(),
             route_epoch: active.epoch,
-            paused_epoch: self.site.gate.pause().and_then(|pause| pause.claim()).map(|claim| claim.epoch),
+            paused_epoch: drained.and_then(|pause| pause.claim()).map(|claim| claim.epoch),
             seen_ms_ago: 0,
         };
         if let Err(error) = self.enroll(&active.backend, &member).await {

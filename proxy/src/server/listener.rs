@@ -28,7 +28,7 @@ const KEEPALIVE: Keepalive =
 /// One socket.
 pub(super) enum Listener {
     Tcp(TcpListener),
-    Unix(UnixListener, SocketFile),
+    Unix { listener: UnixListener, _file: SocketFile },
 }
 
 /// Removes the socket's file.
@@ -88,7 +88,7 @@ async fn unix(path: PathBuf) -> io::Result<Listener> {
         std::fs::remove_file(&path)?;
     }
     let listener = UnixListener::bind(&path)?;
-    Ok(Listener::Unix(listener, SocketFile(path)))
+    Ok(Listener::Unix { listener, _file: SocketFile(path) })
 }
 
 impl Listener {
@@ -114,7 +114,7 @@ impl Listener {
     async fn next(&self) -> io::Result<Stream> {
         let stream = match self {
             Listener::Tcp(listener) => Stream::Tcp(listener.accept().await?.0),
-            Listener::Unix(listener, _) => Stream::Unix(listener.accept().await?.0),
+            Listener::Unix { listener, .. } => Stream::Unix(listener.accept().await?.0),
         };
         stream.configure(Some(KEEPALIVE))?;
         Ok(stream)

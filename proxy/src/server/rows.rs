@@ -284,7 +284,8 @@ fn version(number: u32) -> String {
 /// What the active backend's server said at a login.
 fn reported_version(database: &Database) -> Option<String> {
     let told = database.pools().iter().find_map(|pool| pool.welcome()).or_else(|| database.welcome())?;
-    parameters::reported(&told, b"server_version").map(text)
+    // Distributors add their own words after it.
+    parameters::reported(&told, b"server_version").map(text).and_then(|said| said.split(' ').next().map(str::to_owned))
 }
 
 pub(super) fn session(client: &Client) -> SessionRow {
