@@ -556,7 +556,10 @@ mod tests {
     #[test]
     fn a_misspelt_key_is_named_with_a_suggestion() {
         let error = parse(&format!("[pgcutover]\ndefault_pol_size = 3\n{SMALL}")).unwrap_err();
-        assert!(error.contains("/etc/pgcutover.toml") && error.contains("did you mean 'default_pool_size'?"), "{error}");
+        assert!(
+            error.contains("/etc/pgcutover.toml") && error.contains("did you mean 'default_pool_size'?"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -61,12 +61,15 @@ pub struct Process {
     /// Every client.
     pub clients: Arc<Clients>,
     /// Server connections per user over all databases.
-    pub user_connections: Arc<Mutex<BTreeMap<Box<[u8]>, Arc<AtomicU32>>>>,
+    pub user_connections: Arc<Mutex<UserConnections>>,
     /// This instance's name in the decision stores.
     pub instance: Arc<str>,
     /// Where its console can be reached.
     pub address: Arc<Mutex<String>>,
 }
+
+/// Open connections by user.
+pub type UserConnections = BTreeMap<Box<[u8]>, Arc<AtomicU32>>;
 
 /// A declared backend with its parsed address.
 #[derive(Clone)]

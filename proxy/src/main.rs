@@ -42,7 +42,11 @@ fn main() -> ExitCode {
     }
     let filter = EnvFilter::try_from_default_env().or_else(|_| EnvFilter::try_new(&config.general.log_level));
     match filter {
-        Ok(filter) => tracing_subscriber::fmt().with_env_filter(filter).with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr).init(),
+        Ok(filter) => tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_ansi(std::io::stderr().is_terminal())
+            .with_writer(std::io::stderr)
+            .init(),
         Err(error) => return complain(2, &format!("{}: pgcutover.log_level: {error}", arguments.config.display())),
     }
     match run(config) {

@@ -101,6 +101,7 @@ pub struct Pool {
 
 #[derive(Default)]
 struct Inner {
+    #[expect(clippy::vec_box, reason = "connections move between lists, channels and tasks as pointers")]
     idle: Vec<Box<Pooled>>,
     waiters: VecDeque<Waiter>,
     next_ticket: u64,
@@ -354,8 +355,14 @@ impl Pool {
         let limit = self.site.config.load().general.server_connect_timeout;
         let server = backend::connect(&active.endpoint.address, &login, tokio::time::Instant::now() + limit).await?;
         let id = self.site.ids.fetch_add(1, Ordering::Relaxed);
-        let shared =
-            Server::new(id, &server, Arc::clone(&active.endpoint.address), &active.backend, &login.user, &self.site.database);
+        let shared = Server::new(
+            id,
+            &server,
+            Arc::clone(&active.endpoint.address),
+            &active.backend,
+            &login.user,
+            &self.site.database,
+        );
         lock(&self.site.servers).insert(id, Arc::downgrade(&shared));
         let initial = Arc::new(server.parameters.clone());
         Ok(Box::new(Pooled {

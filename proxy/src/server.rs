@@ -53,7 +53,8 @@ pub async fn run(config: Config, mut signals: watch::Receiver<Signal>) -> anyhow
     let page = Page::new(operator.clone());
     start_tasks(&door, &page).await?;
     for listener in listeners {
-        let reception = worker::Reception { door: Arc::clone(&door), operator: operator.clone(), workers: workers.clone() };
+        let reception =
+            worker::Reception { door: Arc::clone(&door), operator: operator.clone(), workers: workers.clone() };
         door.process.tasks.spawn(listener.accept(reception));
     }
     page.ready();

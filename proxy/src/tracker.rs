@@ -125,10 +125,7 @@ impl Tracker {
     /// True when the server connection may serve another client.
     #[must_use]
     pub fn at_rest(&self) -> bool {
-        self.status == Status::Idle
-            && self.owed.is_empty()
-            && self.batch == Batch::Closed
-            && self.copy == Copy::No
+        self.status == Status::Idle && self.owed.is_empty() && self.batch == Batch::Closed && self.copy == Copy::No
     }
 
     /// The transaction status of the last ReadyForQuery.
@@ -258,6 +255,10 @@ mod tests {
 
     /// What PostgreSQL's main loop does with the messages it reads, as far as ReadyForQuery is concerned.
     #[derive(Default)]
+    #[expect(
+        clippy::struct_excessive_bools,
+        reason = "mirrors the flags of PostgreSQL's main loop, which it stands for"
+    )]
     struct Server {
         inbox: VecDeque<Sent>,
         in_transaction: bool,
@@ -311,7 +312,15 @@ mod tests {
                         self.copy = None;
                         if simple { vec![(b'C', 0), self.ready()] } else { vec![(b'C', 0)] }
                     }
-                    _ => {
+                    Sent::Begin
+                    | Sent::Commit
+                    | Sent::Select
+                    | Sent::Broken
+                    | Sent::Copy
+                    | Sent::Parse
+                    | Sent::Execute
+                    | Sent::BrokenParse
+                    | Sent::ExecuteCopy => {
                         self.copy = None;
                         if simple {
                             vec![(b'E', 0), self.ready()]
@@ -362,9 +371,20 @@ mod tests {
 
     fn sent() -> impl Strategy<Value = Sent> {
         prop_oneof![
-            Just(Sent::Begin), Just(Sent::Commit), Just(Sent::Select), Just(Sent::Broken), Just(Sent::Copy),
-            Just(Sent::Parse), Just(Sent::Execute), Just(Sent::BrokenParse), Just(Sent::ExecuteCopy),
-            Just(Sent::Sync), Just(Sent::Sync), Just(Sent::Flush), Just(Sent::Data), Just(Sent::Done),
+            Just(Sent::Begin),
+            Just(Sent::Commit),
+            Just(Sent::Select),
+            Just(Sent::Broken),
+            Just(Sent::Copy),
+            Just(Sent::Parse),
+            Just(Sent::Execute),
+            Just(Sent::BrokenParse),
+            Just(Sent::ExecuteCopy),
+            Just(Sent::Sync),
+            Just(Sent::Sync),
+            Just(Sent::Flush),
+            Just(Sent::Data),
+            Just(Sent::Done),
         ]
     }
 

@@ -82,7 +82,9 @@ impl Database {
         if drain < lease && lease + drain < hold_budget {
             return Ok(());
         }
-        let message = format!("drain {drain:?} has to be shorter than lease {lease:?}, and both together shorter than hold_budget {hold_budget:?}");
+        let message = format!(
+            "drain {drain:?} has to be shorter than lease {lease:?}, and both together shorter than hold_budget {hold_budget:?}"
+        );
         Err(Refusal::new(Why::WrongState, message))
     }
 
@@ -91,7 +93,8 @@ impl Database {
         let active = self.site.route.active();
         if *active.backend != *pause.source {
             let message = format!("{} is on backend '{}', not on '{}'", self.name(), active.backend, pause.source);
-            return Err(Refusal::new(Why::WrongState, message).with_hint("the run's source is not this proxy's; see SHOW BACKENDS"));
+            return Err(Refusal::new(Why::WrongState, message)
+                .with_hint("the run's source is not this proxy's; see SHOW BACKENDS"));
         }
         if self.endpoint(&pause.target).is_none() {
             return Err(self.unknown_backend(&pause.target));
@@ -223,7 +226,9 @@ impl Database {
     pub async fn resume_with(&self, warrant: Warrant) -> Result<(), Refusal> {
         let pause = self.site.gate.pause().ok_or_else(|| self.not_paused())?;
         match warrant {
-            Warrant::Force => tracing::warn!(database = %self.name(), ?pause, "resumed by force: an operator takes responsibility"),
+            Warrant::Force => {
+                tracing::warn!(database = %self.name(), ?pause, "resumed by force: an operator takes responsibility")
+            }
             Warrant::Claim(claim) => {
                 if pause.claim() != Some(claim) {
                     return Err(self.held_by(&pause));
@@ -261,7 +266,9 @@ impl Database {
         self.site.gate.renew(claim, lease.duration(), Instant::now()).map_err(|error| match error {
             NotRenewed::Open => self.not_paused(),
             NotRenewed::Other(owner) => Refusal::new(Why::WrongState, format!("{} is paused by {owner}", self.name())),
-            NotRenewed::Unclaimed => Refusal::new(Why::WrongState, format!("the pause of {} has no epoch", self.name())),
+            NotRenewed::Unclaimed => {
+                Refusal::new(Why::WrongState, format!("the pause of {} has no epoch", self.name()))
+            }
             NotRenewed::Ended => Refusal::new(Why::WrongState, format!("the lease of {} has ended", self.name()))
                 .with_hint("the proxy is deciding the epoch; abort the run"),
         })
@@ -296,14 +303,19 @@ impl Database {
         match pause.claim() {
             Some(claim) => Refusal::new(Why::WrongState, format!("database {} is paused by {claim}", self.name()))
                 .with_hint("RESUME … WITH its run and epoch, or WITH (force) if you know better"),
-            None => Refusal::new(Why::WrongState, format!("database {} is already paused by {}", self.name(), pause.owner)),
+            None => {
+                Refusal::new(Why::WrongState, format!("database {} is already paused by {}", self.name(), pause.owner))
+            }
         }
     }
 
     pub(super) fn unknown_backend(&self, backend: &str) -> Refusal {
         let known: Vec<String> = self.backends().into_iter().map(|(name, _)| name).collect();
-        Refusal::new(Why::Unknown, format!("no such backend: {backend}"))
-            .with_hint(format!("{} has {}", self.name(), known.join(", ")))
+        Refusal::new(Why::Unknown, format!("no such backend: {backend}")).with_hint(format!(
+            "{} has {}",
+            self.name(),
+            known.join(", ")
+        ))
     }
 
     pub(super) fn silent(&self, error: &Silence) -> Refusal {

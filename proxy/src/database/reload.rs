@@ -10,7 +10,7 @@ use std::sync::Arc;
 use tokio::sync::MutexGuard;
 
 use crate::config;
-use crate::database::switch::SwitchedBy;
+use crate::database::switch::{Leap, SwitchedBy};
 use crate::database::{Database, Declared, declare, lock};
 use crate::gate::{Drained, Intent, Pause, PauseId};
 use crate::route::Endpoint;
@@ -83,7 +83,8 @@ impl Database {
         let old = before.get(&*active.backend).map(|declared| &declared.settings);
         let renewed = (old != Some(&now.settings)).then(|| Arc::clone(&now.endpoint));
         let place = |backend: &config::Backend| (backend.host.clone(), backend.port, backend.dbname.clone());
-        let still = if old.map(place) == Some(place(&now.settings)) { None } else { Some(self.still(&active.backend).await?) };
+        let still =
+            if old.map(place) == Some(place(&now.settings)) { None } else { Some(self.still(&active.backend).await?) };
         let configured = settings.active.clone();
         Ok(Change { database: self, declared, configured, changed, renewed, still, _alone: alone })
     }
@@ -132,7 +133,8 @@ impl Database {
 
 /// The names of backends that are not the same in both.
 fn differences(before: &BTreeMap<String, Declared>, now: &BTreeMap<String, Declared>) -> Vec<String> {
-    let settings = |all: &BTreeMap<String, Declared>, name: &str| all.get(name).map(|declared| declared.settings.clone());
+    let settings =
+        |all: &BTreeMap<String, Declared>, name: &str| all.get(name).map(|declared| declared.settings.clone());
     let mut names: Vec<String> = before.keys().chain(now.keys()).cloned().collect();
     names.sort();
     names.dedup();
@@ -158,7 +160,8 @@ impl Change<'_> {
         if self.still.is_some() {
             tracing::warn!(database = %database.name(), backend = %active.backend,
                 "RELOAD changed the address of the active backend: a move that nobody fenced");
-            database.record(&active.backend, &active.backend, active.epoch, None, SwitchedBy::Reload);
+            let leap = Leap { to: &active.backend, epoch: active.epoch, run: None, by: SwitchedBy::Reload };
+            database.record(&active.backend, &leap);
         }
         if !self.changed.is_empty() {
             // They may be connections to a former address.

@@ -41,6 +41,14 @@ pub struct Switched {
     pub pause: Option<Duration>,
 }
 
+/// Where a route goes.
+pub(super) struct Leap<'a> {
+    pub(super) to: &'a str,
+    pub(super) epoch: Epoch,
+    pub(super) run: Option<RunId>,
+    pub(super) by: SwitchedBy,
+}
+
 /// By what right a route moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SwitchedBy {
@@ -59,15 +67,14 @@ impl Database {
     ///
     /// # Errors
     /// No such backend.
-    pub async fn prepare(self: &Arc<Self>, prepare: &PrepareSwitch) -> Result<Vec<(Arc<Pool>, pool::Verdict)>, Refusal> {
+    pub async fn prepare(
+        self: &Arc<Self>,
+        prepare: &PrepareSwitch,
+    ) -> Result<Vec<(Arc<Pool>, pool::Verdict)>, Refusal> {
         let endpoint = self.endpoint(&prepare.backend).ok_or_else(|| self.unknown_backend(&prepare.backend))?;
         let now = self.site.route.active();
-        let target = Active {
-            backend: prepare.backend.as_str().into(),
-            endpoint,
-            epoch: now.epoch,
-            generation: now.generation,
-        };
+        let target =
+            Active { backend: prepare.backend.as_str().into(), endpoint, epoch: now.epoch, generation: now.generation };
         let pools = self.pools();
         let open: u32 = pools.iter().map(|pool| pool.counts().open).sum();
         let warmed = pools.into_iter().map(|pool| {
@@ -95,19 +102,26 @@ impl Database {
         let endpoint = self.endpoint(&switch.backend).ok_or_else(|| self.unknown_backend(&switch.backend))?;
         let pause = self.drained_pause()?;
         if let Some(client) = self.kept_clients().first() {
-            let message = format!("session-pooled clients of {} keep their server, client {} among them", self.name(), client.who.id);
+            let message = format!(
+                "session-pooled clients of {} keep their server, client {} among them",
+                self.name(),
+                client.who.id
+            );
             let hint = format!("SHOW BLOCKERS {}; let them leave, or KILL_CLIENT", self.name());
             return Err(Refusal::new(Why::WrongState, message).with_hint(hint));
         }
         match switch.warrant {
             Warrant::Force => {
                 let epoch = self.site.route.active().epoch;
-                self.move_route(&switch.backend, endpoint, epoch, None, SwitchedBy::Force);
+                let leap = Leap { to: &switch.backend, epoch, run: None, by: SwitchedBy::Force };
+                self.move_route(endpoint, leap);
             }
             Warrant::Claim(claim) => {
                 let commit = self.read_commit(claim, &switch.backend, &pause).await?;
                 self.bear_witness(&commit).await?;
-                self.move_route(&switch.backend, endpoint, claim.epoch, Some(claim.run), SwitchedBy::Decision);
+                let leap =
+                    Leap { to: &switch.backend, epoch: claim.epoch, run: Some(claim.run), by: SwitchedBy::Decision };
+                self.move_route(endpoint, leap);
             }
         }
         Ok(())
@@ -127,7 +141,9 @@ impl Database {
             self.hold_for(commit).await;
             self.bear_witness(commit).await?;
             self.site.events.decisions_followed.count();
-            self.move_route(&commit.target, endpoint, commit.epoch, Some(commit.run), SwitchedBy::Followed);
+            let run = Some(commit.run);
+            let leap = Leap { to: &commit.target, epoch: commit.epoch, run, by: SwitchedBy::Followed };
+            self.move_route(endpoint, leap);
         }
         if let Some(pause) = self.site.gate.pause() {
             self.open(&pause);
@@ -158,7 +174,9 @@ impl Database {
             }
         };
         match view.last_commit {
-            Some(commit) if commit.epoch == claim.epoch && commit.run == claim.run && commit.target == target => Ok(commit),
+            Some(commit) if commit.epoch == claim.epoch && commit.run == claim.run && commit.target == target => {
+                Ok(commit)
+            }
             Some(_) | None => Err(Refusal::new(Why::Undecided, format!("{claim} is not committed to '{target}'"))),
         }
     }
@@ -198,25 +216,25 @@ impl Database {
         Intent { owner: "watch".to_owned(), epoch: Some(epoch), lease: Some(lease) }
     }
 
-    fn move_route(&self, backend: &str, endpoint: Arc<Endpoint>, epoch: Epoch, run: Option<RunId>, by: SwitchedBy) {
+    fn move_route(&self, endpoint: Arc<Endpoint>, leap: Leap<'_>) {
         let from = self.site.route.active().backend.to_string();
-        if let Err(error) = self.site.route.switch(backend, endpoint, epoch) {
+        if let Err(error) = self.site.route.switch(leap.to, endpoint, leap.epoch) {
             self.site.events.route_writes_failed.count();
             tracing::error!(database = %self.name(), %error, "ALARM: the route was switched and could not be written down");
         }
-        self.pools().iter().for_each(|pool| pool.adopt_prewarmed(backend));
-        self.record(&from, backend, epoch, run, by);
-        tracing::info!(database = %self.name(), from, to = backend, %epoch, ?by, "switched");
+        self.pools().iter().for_each(|pool| pool.adopt_prewarmed(leap.to));
+        self.record(&from, &leap);
+        tracing::info!(database = %self.name(), from, to = leap.to, epoch = %leap.epoch, by = ?leap.by, "switched");
     }
 
-    pub(super) fn record(&self, from: &str, to: &str, epoch: Epoch, run: Option<RunId>, by: SwitchedBy) {
+    pub(super) fn record(&self, from: &str, leap: &Leap<'_>) {
         let switched = Switched {
             at: SystemTime::now(),
             from: from.to_owned(),
-            to: to.to_owned(),
-            epoch,
-            run,
-            by,
+            to: leap.to.to_owned(),
+            epoch: leap.epoch,
+            run: leap.run,
+            by: leap.by,
             held: self.site.gate.held(),
             pause: None,
         };
@@ -252,7 +270,9 @@ fn wanted(open: u32, open_in_all: u32, asked: Option<u32>) -> usize {
     let share = match asked {
         None => open,
         Some(total) if open_in_all == 0 => total,
-        Some(total) => (u64::from(total) * u64::from(open)).div_ceil(u64::from(open_in_all)).try_into().unwrap_or(total),
+        Some(total) => {
+            (u64::from(total) * u64::from(open)).div_ceil(u64::from(open_in_all)).try_into().unwrap_or(total)
+        }
     };
     // A pool without connections gets one: the first client should not have to wait for a login.
     usize::try_from(share.max(1)).unwrap_or(1)

@@ -27,9 +27,7 @@ pub(super) fn verdict(route_epoch: Epoch, pause: Option<&EpochPause>, view: &Sto
     }
     if let Some(pause) = pause {
         let aborted = |decision: &Decision| {
-            decision.outcome == Outcome::Abort
-                && decision.epoch == pause.claim.epoch
-                && decision.run == pause.claim.run
+            decision.outcome == Outcome::Abort && decision.epoch == pause.claim.epoch && decision.run == pause.claim.run
         };
         return if view.last.as_ref().is_some_and(aborted) { Verdict::Resume } else { Verdict::Rest };
     }
@@ -73,11 +71,7 @@ mod tests {
     #[test]
     fn only_newer_commits_are_followed_also_over_a_later_abort() {
         let commit = decision(3, Outcome::Commit);
-        let view = StoreView {
-            open: None,
-            last: Some(decision(4, Outcome::Abort)),
-            last_commit: Some(commit.clone()),
-        };
+        let view = StoreView { open: None, last: Some(decision(4, Outcome::Abort)), last_commit: Some(commit.clone()) };
         assert_eq!(verdict(epoch(2), None, &view), Verdict::Follow(commit.clone()));
         assert_eq!(verdict(epoch(2), Some(&pause(4, '1')), &view), Verdict::Follow(commit));
         assert_eq!(verdict(epoch(3), None, &view), Verdict::Rest);

@@ -39,8 +39,7 @@ impl Place {
 
     /// Takes a place unless one of the limits is reached; a limit of 0 is none.
     pub(super) fn take(counts: [&Arc<AtomicU32>; 3], limits: [u32; 3]) -> Option<Self> {
-        let mut taken = 0;
-        for (count, limit) in counts.iter().zip(limits) {
+        for (taken, (count, limit)) in counts.iter().zip(limits).enumerate() {
             let fits = |now: u32| (limit == 0 || now < limit).then_some(now + 1);
             if count.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits).is_err() {
                 counts[..taken].iter().for_each(|count| {
@@ -48,7 +47,6 @@ impl Place {
                 });
                 return None;
             }
-            taken += 1;
         }
         Some(Self::taken(counts))
     }

@@ -17,6 +17,7 @@ use crate::route::Active;
 /// Parked connections of one backend.
 #[derive(Debug, Default)]
 pub struct Prewarmed {
+    #[expect(clippy::vec_box, reason = "connections move between lists, channels and tasks as pointers")]
     connections: Vec<Box<Pooled>>,
 }
 

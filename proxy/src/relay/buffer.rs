@@ -60,9 +60,7 @@ impl Buffer {
     /// A buffer from the worker's list.
     #[must_use]
     pub fn take() -> Self {
-        let data = FREE
-            .with_borrow_mut(Vec::pop)
-            .unwrap_or_else(|| vec![0; BUFFER_BYTES].into_boxed_slice());
+        let data = FREE.with_borrow_mut(Vec::pop).unwrap_or_else(|| vec![0; BUFFER_BYTES].into_boxed_slice());
         Self { data, start: 0, cleared: 0, end: 0, passing: Passing::Between }
     }
 
@@ -169,7 +167,11 @@ impl Buffer {
     ///
     /// # Errors
     /// The socket's.
-    pub fn poll_write<S: AsyncWrite + Unpin>(&mut self, stream: &mut S, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+    pub fn poll_write<S: AsyncWrite + Unpin>(
+        &mut self,
+        stream: &mut S,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<usize>> {
         let mut written = 0;
         while self.has_cleared() {
             match Pin::new(&mut *stream).poll_write(cx, &self.data[self.start..self.cleared]) {

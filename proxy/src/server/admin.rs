@@ -103,9 +103,9 @@ impl Admin for Operator {
             }
         }
         let pauses = Pauses::default();
-        let each = databases.iter().map(|database| async {
-            database.pause(by.to_string()).await.map(|id| pauses.complete(database, id))
-        });
+        let each = databases
+            .iter()
+            .map(|database| async { database.pause(by.to_string()).await.map(|id| pauses.complete(database, id)) });
         let outcomes = join_all(each).await;
         pauses.keep();
         outcomes.into_iter().collect::<Result<(), _>>().map_err(Into::into)
@@ -153,8 +153,11 @@ impl Admin for Operator {
 
     async fn wait_close(&self, scope: Scope) -> Result<(), Refusal> {
         let databases = self.databases_in(&scope)?;
-        let retired: Vec<Weak<Server>> =
-            databases.iter().flat_map(|database| database.site.retired()).map(|server| Arc::downgrade(&server)).collect();
+        let retired: Vec<Weak<Server>> = databases
+            .iter()
+            .flat_map(|database| database.site.retired())
+            .map(|server| Arc::downgrade(&server))
+            .collect();
         // Ended by the last transaction on them, by their sessions' end, or by the admin.
         while retired.iter().any(|server| server.strong_count() > 0) {
             tokio::time::sleep(CLOSE_LOOK).await;

@@ -22,8 +22,7 @@ const BACKLOG: i32 = 4096;
 const ACCEPT_REST: Duration = Duration::from_millis(100);
 
 /// Notices a dead client within about two minutes.
-const KEEPALIVE: Keepalive =
-    Keepalive { idle: Duration::from_secs(60), interval: Duration::from_secs(15), probes: 4 };
+const KEEPALIVE: Keepalive = Keepalive { idle: Duration::from_secs(60), interval: Duration::from_secs(15), probes: 4 };
 
 /// One socket.
 pub(super) enum Listener {

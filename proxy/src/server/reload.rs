@@ -103,9 +103,8 @@ fn start_new(
     wrong: impl Fn(&str, String) -> String,
 ) -> Result<Vec<Arc<Database>>, String> {
     let names = config.databases.keys().filter(|name| !present.contains_key(*name));
-    let start = |name: &String| {
-        Database::start(name, config, door.process.clone()).map_err(|reason| wrong(name, reason))
-    };
+    let start =
+        |name: &String| Database::start(name, config, door.process.clone()).map_err(|reason| wrong(name, reason));
     names.map(start).collect()
 }
 

@@ -171,7 +171,8 @@ pub(super) fn users(door: &Door) -> Vec<UserRow> {
         let open = door.process.user_connections.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         open.iter().map(|(user, count)| (text(user), count.load(Ordering::Relaxed))).collect()
     };
-    let mut names: BTreeSet<String> = config.users.keys().chain(clients.keys()).chain(servers.keys()).cloned().collect();
+    let mut names: BTreeSet<String> =
+        config.users.keys().chain(clients.keys()).chain(servers.keys()).cloned().collect();
     names.extend(door.users.load().names().map(text));
     let row = |name: String| {
         let settings = config.users.get(&name);
@@ -412,7 +413,8 @@ mod tests {
 
     #[test]
     fn a_blocker_has_a_status_byte_with_and_without_the_servers_words() {
-        let shown = [("active", true), ("idle in transaction", true), ("idle in transaction (aborted)", true), ("idle", false)];
+        let shown =
+            [("active", true), ("idle in transaction", true), ("idle in transaction (aborted)", true), ("idle", false)];
         assert_eq!(shown.map(|(words, open)| status(words, open)), ["active", "T", "E", "I"]);
         assert_eq!((status("", true), status("", false)), ("T", "I"));
     }
