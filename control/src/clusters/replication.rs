@@ -321,7 +321,8 @@ impl Clusters {
             if deadline.elapsed() > NUDGE * (nudges + 1) {
                 nudges += 1;
                 // Its position is not taken: the goal never moves.
-                self.source.write_sentinel(db, token, deadline.left()).await?;
+                // A nudge at the very end must not turn "late" into "no answer".
+                self.source.write_sentinel(db, token, deadline.left().max(NUDGE)).await?;
             }
             if deadline.elapsed() > EAGER {
                 tokio::time::sleep(EVERY).await;

@@ -349,7 +349,6 @@ BEGIN
       UNION ALL SELECT FROM pgcutover.evidence e WHERE e.db = p_db AND e.epoch >= p_epoch) THEN
     RAISE EXCEPTION 'pgcutover: epoch % of % is over, or not of run %', p_epoch, p_db, p_run USING ERRCODE = '55000';
   END IF;
-  -- A promoted standby has the fence of this very epoch, cloned: it becomes the target's form too.
   PERFORM pgcutover.put_gate(p_db, 'target', p_epoch);
   RETURN true;
 END
