@@ -44,7 +44,7 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
 }
 
 async fn open(scene: &mut Scene) -> Result<Claim, StepError> {
-    let floor = scene.fleet.epoch_max(&scene.config.database).await?;
+    let floor = scene.fleet.epoch_max(&scene.config.database).await?.max(known_on_target(scene).await?);
     let target = name(&scene.config.target.backend)?;
     let epoch = match scene.clusters.source.open(&scene.database, scene.run, &target, floor).await {
         Ok(epoch) => epoch,
@@ -55,6 +55,14 @@ async fn open(scene: &mut Scene) -> Result<Claim, StepError> {
     scene.claim = Some(claim);
     scene.journal.append([Event::Opened { epoch }])?;
     Ok(claim)
+}
+
+/// The greatest epoch that the target's store knows: an epoch that is new to the source only would be no new one (R4).
+async fn known_on_target(scene: &Scene) -> Result<Epoch, StepError> {
+    let view = scene.clusters.target.view(&scene.database, STEP_DEADLINE).await?;
+    let open = view.open.map(|open| open.epoch);
+    let last = view.last.map(|last| last.epoch);
+    Ok(open.max(last).unwrap_or(Epoch::ZERO))
 }
 
 /// The source went away under the question: nothing else may happen before it has said whether it opened the epoch.
