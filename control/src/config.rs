@@ -9,11 +9,8 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use pgcutover_api::command::OnTimeout;
+use pgcutover_api::store::Name;
 use toml::{Table, Value};
-
-/// Longest route name the decision store takes, in bytes: the names of its functions and triggers carry it
-/// (PostgreSQL cuts identifiers at 63).
-pub const DATABASE_BYTES_MAX: usize = 50;
 
 /// The hold budget a proxy has unless its configuration says otherwise; the real one is read from each proxy when it is armed.
 pub const HOLD_BUDGET_DEFAULT: Duration = Duration::from_secs(15);
@@ -25,6 +22,8 @@ pub struct Config {
     pub path: PathBuf,
     /// The route name: the database as clients know it on the proxies.
     pub database: String,
+    /// The same, as the decision store takes it.
+    pub route: Name,
     /// Where journals are kept; relative paths are relative to the file.
     pub journal_dir: PathBuf,
     /// The server that loses its clients.
@@ -237,9 +236,11 @@ fn read(path: &Path, text: &str) -> Checked<Config> {
         .map_err(|error: toml::de::Error| wrong("-", format!("is not TOML: {}", error.to_string().trim())))?;
     let mut root = Section { path: String::new(), table, asked: Vec::new() };
     let beside = path.parent().unwrap_or(Path::new("."));
+    let database = root.required("database", Section::text)?;
     let config = Config {
         path: path.to_owned(),
-        database: root.required("database", Section::text)?,
+        route: Name::new(&database).map_err(|error| wrong("database", error.to_string()))?,
+        database,
         journal_dir: beside.join(root.text("journal_dir")?.unwrap_or_else(|| "runs".to_owned())),
         source: side(
             root.section("source")?.ok_or_else(|| wrong("source", "is missing: the server to move away from"))?,
@@ -366,11 +367,8 @@ fn way_back(section: Option<Section>) -> Checked<WayBack> {
 }
 
 fn check_names(config: &Config) -> Checked<()> {
-    if config.database.is_empty() || config.database.len() > DATABASE_BYTES_MAX {
-        return Err(wrong(
-            "database",
-            format!("must have 1 to {DATABASE_BYTES_MAX} bytes, has {}", config.database.len()),
-        ));
+    for (key, side) in [("source.backend", &config.source), ("target.backend", &config.target)] {
+        Name::new(&side.backend).map_err(|error| wrong(key, error.to_string()))?;
     }
     if config.source.backend == config.target.backend {
         return Err(wrong("target.backend", "is the source's: a cutover needs two backends of different names"));

@@ -225,6 +225,11 @@ impl Losses {
 }
 
 impl Fleet {
+    /// Nobody yet.
+    pub fn none() -> Fleet {
+        Fleet { proxies: Vec::new(), lost: watch::Sender::new(None) }
+    }
+
     /// Logs in everywhere; all or none.
     pub async fn connect(addresses: &[ProxyAddress]) -> Result<Fleet, ProxyErrors> {
         let proxies = all(join_all(addresses.iter().map(Proxy::connect)).await)?;

@@ -15,7 +15,7 @@ use crate::commands::{Answers, Context};
 use crate::printer::Exit;
 use crate::proxies::{Fleet, SHOW_DEADLINE};
 use crate::state::Decision;
-use crate::steps::{STEP_DEADLINE, decided, paused};
+use crate::steps::{STEP_DEADLINE, decided};
 
 #[derive(Serialize)]
 struct Aborted {
@@ -29,7 +29,7 @@ struct Aborted {
 /// Aborts the open epoch.
 pub async fn run(context: &Context) -> anyhow::Result<Exit> {
     let config = &context.config;
-    let database = paused::name(&config.database)?;
+    let database = config.route.clone();
     let source = Cluster::new(Role::Source, &config.source.endpoint);
     let claim = match open_or_fenced(&source, &database).await {
         Ok(claim) => claim,

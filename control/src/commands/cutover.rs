@@ -10,16 +10,16 @@ use pgcutover_api::epoch::RunId;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-use crate::clusters::Clusters;
+use crate::clusters::{Cluster, Clusters, Role};
 use crate::commands::Context;
 use crate::engine::{Engine, StopAt};
-use crate::journal::Journal;
+use crate::journal::{Journal, JournalError};
 use crate::printer::{Exit, Printer};
 use crate::proxies::Fleet;
 use crate::report::samples::Samples;
 use crate::report::{Report, html};
 use crate::state::Ending;
-use crate::steps::{Scene, paused};
+use crate::steps::Scene;
 
 /// How.
 #[derive(Debug, Args)]
@@ -39,7 +39,14 @@ impl Cutover {
     /// Cuts over.
     pub async fn run(self, context: Context) -> anyhow::Result<Exit> {
         let printer = context.printer;
-        let scene = scene(context).await?;
+        let scene = match scene(context) {
+            Ok(scene) => scene,
+            Err(error @ JournalError::Locked { .. }) => {
+                printer.talk(format_args!("proxyctl: {error}"));
+                return Ok(Exit::Refused);
+            }
+            Err(error) => return Err(error.into()),
+        };
         let journal = scene.journal.path().to_owned();
         printer.talk(format_args!("run {}, journal {}", scene.run, journal.display()));
         let mut engine = Engine::new(scene, printer.progress(), interrupt(printer)?, self.stop_at);
@@ -62,21 +69,23 @@ impl Cutover {
     }
 }
 
-async fn scene(context: Context) -> anyhow::Result<Scene> {
+/// Nobody is connected yet: what cannot be reached belongs into the report.
+fn scene(context: Context) -> Result<Scene, JournalError> {
     let config = context.config;
     let run = RunId::random();
-    let clusters = Clusters::connect(&config.source.endpoint, &config.target.endpoint).await?;
-    let fleet = Fleet::connect(&config.proxies).await?;
-    let journal = Journal::create(&config.journal_dir, &config.database, run)?;
+    let clusters = Clusters {
+        source: Cluster::new(Role::Source, &config.source.endpoint),
+        target: Cluster::new(Role::Target, &config.target.endpoint),
+    };
     Ok(Scene {
-        database: paused::name(&config.database)?,
+        journal: Journal::create(&config.journal_dir, &config.database, run)?,
+        database: config.route.clone(),
         decider: clusters.source.another(),
         config,
         run,
         clusters,
         identities: None,
-        fleet,
-        journal,
+        fleet: Fleet::none(),
         claim: None,
         open_is_unknown: false,
         leases: None,

@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::clusters::{Clusters, Ungated};
 use crate::commands::Context;
 use crate::printer::{Exit, Printer};
-use crate::steps::{install, paused};
+use crate::steps::install;
 
 /// Many tables, each with a lock to be had.
 const REMOVE: Duration = Duration::from_secs(60);
@@ -59,7 +59,7 @@ impl Objects {
         let clusters = Clusters::connect(&config.source.endpoint, &config.target.endpoint).await?;
         let mut left: Vec<Ungated> = Vec::new();
         if self.work == Work::Remove {
-            let database = paused::name(&config.database)?;
+            let database = config.route.clone();
             left.extend(clusters.source.disarm(&database, REMOVE).await?);
             left.extend(clusters.target.disarm(&database, REMOVE).await?);
         } else {

@@ -13,7 +13,7 @@ use crate::commands::Context;
 use crate::config::Side;
 use crate::printer::Exit;
 use crate::proxies::Fleet;
-use crate::steps::{STEP_DEADLINE, armed, paused};
+use crate::steps::{STEP_DEADLINE, armed};
 
 #[derive(Serialize)]
 struct Status {
@@ -58,7 +58,7 @@ struct Subscription {
 /// Asks everybody at the same time and prints.
 pub async fn run(context: &Context) -> anyhow::Result<Exit> {
     let config = &context.config;
-    let database = paused::name(&config.database)?;
+    let database = config.route.clone();
     let source = Cluster::new(Role::Source, &config.source.endpoint);
     let target = Cluster::new(Role::Target, &config.target.endpoint);
     let (source_again, target_again) = (source.another(), target.another());

@@ -25,6 +25,7 @@ const FIRST_SENTINEL: Duration = Duration::from_secs(20);
 
 /// Does all that.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
+    scene.fleet = Fleet::connect(&scene.config.proxies).await?;
     identify(scene).await?;
     let findings = inspection::inspect(&scene.config, &scene.clusters, &scene.fleet).await?;
     admit(scene, findings)?;

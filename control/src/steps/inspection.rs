@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::finding::Finding;
 use crate::preflight::{self, Control, Inquiry, Limits, LoginVerdict, ProxyBackend, ProxyFacts, Verdict};
 use crate::proxies::{Fleet, Proxy, ProxyError};
-use crate::steps::{StepError, paused};
+use crate::steps::StepError;
 
 /// One question of preflight: catalogues of thousands of tables take a second.
 const QUESTION: Duration = Duration::from_secs(15);
@@ -24,7 +24,7 @@ const PREPARE: Duration = Duration::from_secs(20);
 pub async fn inspect(config: &Config, clusters: &Clusters, fleet: &Fleet) -> Result<Vec<Finding>, StepError> {
     let proxies = fleet.all(|proxy| of_proxy(config, proxy)).await?;
     let inquiry = Inquiry {
-        db: paused::name(&config.database)?,
+        db: config.route.clone(),
         subscriptions: config.replication.subscriptions.clone(),
         proxies: proxies.into_iter().map(|(_, facts)| facts).collect(),
         limits: Limits {

@@ -6,11 +6,11 @@
 use crate::clusters::{ClusterError, Clusters};
 use crate::config::Config;
 use crate::finding::Finding;
-use crate::steps::{STEP_DEADLINE, StepError, paused};
+use crate::steps::{STEP_DEADLINE, StepError};
 
 /// Installs.
 pub async fn install(config: &Config, clusters: &Clusters) -> Result<(), StepError> {
-    let database = paused::name(&config.database)?;
+    let database = config.route.clone();
     for cluster in [&clusters.target, &clusters.source] {
         let role = cluster.role().to_string();
         cluster.install(STEP_DEADLINE).await.map_err(|error| {
