@@ -233,9 +233,11 @@ impl Report {
             Ending::Undecided if self.ended => {
                 format!("undecided: clients are held until {} answers; run 'proxyctl abort' when it does", self.source)
             }
-            Ending::Undecided => "undecided as far as the journal goes: when the leases end the proxies decide and follow; \
+            Ending::Undecided => {
+                "undecided as far as the journal goes: when the leases end the proxies decide and follow; \
                                   'proxyctl abort' ends it at once, 'proxyctl status' tells the outcome"
-                .to_owned(),
+                    .to_owned()
+            }
         };
         if self.ended { verdict } else { format!("{verdict} (proxyctl died: the journal breaks off)") }
     }

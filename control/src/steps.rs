@@ -47,6 +47,8 @@ pub struct Scene {
     pub decider: Cluster,
     /// Which servers they were when the run began.
     pub identities: Option<(Identity, Identity)>,
+    /// The source's catalogue when it was armed, where DDL can't be refused and is only watched (R13).
+    pub catalogue: Option<String>,
     /// The proxies.
     pub fleet: Fleet,
     /// What is remembered.
@@ -128,7 +130,9 @@ impl StepError {
 impl From<ClusterError> for StepError {
     fn from(error: ClusterError) -> StepError {
         let fix = match &error {
-            ClusterError::Unreachable { role, .. } | ClusterError::Lost { role, .. } | ClusterError::Deadline { role, .. } => {
+            ClusterError::Unreachable { role, .. }
+            | ClusterError::Lost { role, .. }
+            | ClusterError::Deadline { role, .. } => {
                 format!("see that the server of [{role}] runs and answers, then run again")
             }
             ClusterError::Refused { role, sqlstate, .. } if sqlstate.starts_with("42") => {

@@ -87,6 +87,7 @@ fn scene(context: Context) -> Result<Scene, JournalError> {
         identities: None,
         fleet: Fleet::none(),
         claim: None,
+        catalogue: None,
         open_is_unknown: false,
         leases: None,
         heartbeat: None,

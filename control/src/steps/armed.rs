@@ -43,6 +43,9 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     let travel = see_through(scene, &subscriptions).await?;
     scene.heartbeat = Some(Heartbeat::start(&scene.clusters, &scene.database));
     holds(&scene.config.budgets, &scene.fleet).await?;
+    if certainty == Certainty::Watched {
+        scene.catalogue = Some(scene.clusters.source.fingerprint(STEP_DEADLINE).await?);
+    }
     let opened = prepare(scene).await?;
     Ok(Facts::new()
         .with("first_sentinel_ms", travel.as_secs_f64() * 1000.0)

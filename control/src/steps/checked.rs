@@ -2,10 +2,12 @@
 //!
 //! Invariant: reads only. What it proves: the servers are the same primaries, every living proxy is paused at this epoch, the
 //! source is fenced and every table of it gated, nothing is prepared, the sentinel is right, no sequence stands behind, no
-//! session is tied, the target takes our writes and keeps clients out until the evidence where it has a gate.
+//! session is tied, the schema is the one that was armed, the target takes our writes and keeps clients out until the evidence where
+//! it has a gate.
 
 use pgcutover_api::store::GateForm;
 
+use crate::finding::Finding;
 use crate::state::Facts;
 use crate::steps::{
     STEP_DEADLINE, Scene, StepError, Undo, armed, caught_up, durable, fenced, paused, transplanted, way_back,
@@ -33,8 +35,22 @@ pub async fn verify(scene: &Scene) -> Result<(), StepError> {
         durable::verify(scene),
         way_back::verify(scene),
         target_is_shut(scene),
+        catalogue_is_unchanged(scene),
     )?;
     Ok(())
+}
+
+/// R13: where no event trigger refuses DDL, what changed since the gates were armed may stand on one side only.
+async fn catalogue_is_unchanged(scene: &Scene) -> Result<(), StepError> {
+    let Some(armed) = &scene.catalogue else { return Ok(()) };
+    if *armed == scene.clusters.source.fingerprint(STEP_DEADLINE).await? {
+        return Ok(());
+    }
+    let problem = "the schema of the source changed after the gates were armed";
+    let fix = "bring the change to the target too, and let nobody change the schema during a cutover; \
+               a superuser's `proxyctl objects` installs an event trigger that refuses it";
+    let finding = Finding::red("checked", &scene.config.database, problem, fix);
+    Err(StepError::found(problem, vec![finding]))
 }
 
 /// A target that has a gate keeps clients out until the evidence of this epoch is there (R10).
