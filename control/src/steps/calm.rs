@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use crate::clusters::{BadCell, Cells};
+use crate::clusters::{BadCell, Cells, ClusterError};
 use crate::finding::Finding;
 use crate::state::Facts;
 use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, transplanted};
@@ -24,15 +24,26 @@ const OLD: &str = "SELECT a.pid, coalesce(a.usename, '') || coalesce(', ' || a.a
     FROM pg_stat_activity a WHERE a.datname = current_database() AND a.xact_start IS NOT NULL AND a.pid <> pg_backend_pid() \
       AND coalesce(a.backend_type, 'client backend') = 'client backend' ORDER BY a.xact_start LIMIT 20";
 
-struct Old {
-    pid: i32,
-    who: String,
-    query: String,
-    age_ms: i64,
+/// An open transaction of a client.
+#[derive(Debug, Clone)]
+pub struct Old {
+    /// Its server process.
+    pub pid: i32,
+    /// User and application.
+    pub who: String,
+    /// The beginning of its last statement.
+    pub query: String,
+    /// Its age.
+    pub age_ms: i64,
 }
 
 fn old(row: &Cells<'_>) -> Result<Old, BadCell> {
     Ok(Old { pid: row.number("pid")?, who: row.text("who")?, query: row.text("query")?, age_ms: row.number("age_ms")? })
+}
+
+/// The oldest open transactions on the source.
+pub async fn open_transactions(scene: &Scene) -> Result<Vec<Old>, ClusterError> {
+    scene.clusters.source.list("old transactions", OLD, STEP_DEADLINE, old).await
 }
 
 /// Waits for calm.
@@ -88,7 +99,7 @@ async fn lag(scene: &Scene, storms: &mut Vec<Finding>) -> Result<i64, StepError>
 
 async fn old_transactions(scene: &Scene, storms: &mut Vec<Finding>) -> Result<i64, StepError> {
     let limit_ms = i64::try_from(scene.config.budgets.transaction_age_max.as_millis()).unwrap_or(i64::MAX);
-    let oldest = scene.clusters.source.list("old transactions", OLD, STEP_DEADLINE, old).await?;
+    let oldest = open_transactions(scene).await?;
     for old in oldest.iter().filter(|old| old.age_ms > limit_ms) {
         let problem = format!("transaction is {} ms old, limit {limit_ms}: {}", old.age_ms, old.query);
         let fix = "end it or wait for it, or raise budgets.transaction_age_max";

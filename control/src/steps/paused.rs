@@ -14,7 +14,8 @@ use crate::finding::Finding;
 use crate::proxies::{ProxyErrors, SHOW_DEADLINE};
 use crate::report;
 use crate::state::{Event, Facts};
-use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, decided};
+use crate::steps::calm::Old;
+use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, calm, decided};
 
 /// A member that was seen within this is alive: proxies look at the store every second (R9).
 const ALIVE_MS: u64 = 3000;
@@ -105,9 +106,7 @@ async fn pause_all(scene: &Scene, claim: Claim) -> Result<(), StepError> {
     let pauses = scene.fleet.all(|proxy| proxy.order(&command, drain + ANSWER));
     let blockers = async {
         tokio::time::sleep(ask_at).await;
-        let found = scene.fleet.each(|proxy| proxy.blockers(&scene.config.database)).await;
-        let found = found.into_iter().filter_map(|(name, rows)| Some((name.to_owned(), rows.ok()?)));
-        found.flat_map(|(name, rows)| rows.into_iter().map(move |row| blocker(&name, &row))).collect::<Vec<Finding>>()
+        blockers(scene).await
     };
     tokio::pin!(pauses);
     let blocked = tokio::select! {
@@ -127,15 +126,28 @@ fn not_drained(errors: ProxyErrors, mut blocked: Vec<Finding>) -> StepError {
     error
 }
 
-fn blocker(proxy: &str, row: &BlockerRow) -> Finding {
+/// Who holds the drain open, as proxies and source tell it.
+async fn blockers(scene: &Scene) -> Vec<Finding> {
+    let of_proxies = scene.fleet.each(|proxy| proxy.blockers(&scene.config.database));
+    let (of_proxies, on_source) = tokio::join!(of_proxies, calm::open_transactions(scene));
+    let on_source = on_source.unwrap_or_default();
+    let rows = of_proxies
+        .into_iter()
+        .flat_map(|(proxy, rows)| rows.unwrap_or_default().into_iter().map(move |row| (proxy, row)));
+    rows.map(|(proxy, row)| blocker(proxy, &row, &on_source)).collect()
+}
+
+fn blocker(proxy: &str, row: &BlockerRow, on_source: &[Old]) -> Finding {
     let who = format!("{}: {} from {}:{} ({})", proxy, row.user, row.addr, row.port, row.application_name);
     let pid = row.server_pid.map_or("no server process".to_owned(), |pid| format!("server pid {pid}"));
+    // Our login on the source may see what the proxies' may not.
+    let seen = on_source.iter().find(|old| Some(old.pid) == row.server_pid);
     let problem = format!(
         "{pid} holds the drain open ({}): transaction {} ms old, state {}, last statement: {}",
         row.reason,
         row.transaction_ms.as_millis(),
         row.state,
-        row.query
+        seen.map_or(row.query.as_str(), |old| old.query.as_str())
     );
     let fix =
         "end or shorten this transaction, raise budgets.drain, or set policy.on_timeout to 'cancel' or 'terminate'";

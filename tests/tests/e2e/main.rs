@@ -13,3 +13,29 @@ mod store;
 mod fence;
 #[cfg(test)]
 mod preflight;
+#[cfg(test)]
+mod stand;
+#[cfg(test)]
+mod pause;
+#[cfg(test)]
+mod faults;
+#[cfg(test)]
+mod house;
+#[cfg(test)]
+mod traffic;
+#[cfg(test)]
+mod hold;
+#[cfg(test)]
+mod cancel;
+#[cfg(test)]
+mod limits;
+#[cfg(test)]
+mod bad_input;
+#[cfg(test)]
+mod console;
+#[cfg(test)]
+mod process;
+#[cfg(test)]
+mod switch;
+#[cfg(test)]
+mod watch;
