@@ -4,6 +4,7 @@
 //! [`Report`]; whoever gets in has a place that is given back when it leaves, however that happens.
 
 use std::collections::BTreeMap;
+use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -116,8 +117,7 @@ pub async fn serve(stream: Stream, door: Arc<Door>, worker: usize) -> Option<Vis
             return None;
         }
     };
-    let entered = timeout_at(deadline, Box::pin(enter(&mut stream, *startup, &door, worker))).await;
-    match entered.unwrap_or_else(|_| Err(Report::login_timeout())) {
+    match Box::pin(enter(&mut stream, *startup, &door, deadline, worker)).await {
         Ok(Entered::Console { user, rights, key, cancels, place }) => {
             Some(Visitor { stream, user, rights, key, cancels, place })
         }
@@ -154,15 +154,23 @@ struct Entry {
     _place: Place,
 }
 
-/// Authenticates, and welcomes.
-async fn enter(stream: &mut Stream, startup: Startup, door: &Door, worker: usize) -> Result<Entered, Report> {
+/// Authenticates, and welcomes. Whoever is authenticated and has to wait for a pause waits as long as any held client.
+async fn enter(
+    stream: &mut Stream,
+    startup: Startup,
+    door: &Door,
+    deadline: Instant,
+    worker: usize,
+) -> Result<Entered, Report> {
     let _logging_in = Place::take(&door.logging_in, u32::MAX);
     if CONSOLES.contains(&&*startup.database) {
-        return console(stream, &startup, door).await;
+        return in_time(deadline, console(stream, &startup, door)).await;
     }
     let config = door.process.config.load_full();
     let place = Place::take(&door.inside, config.general.max_client_conn).ok_or_else(Report::too_many_clients)?;
-    let identity = auth::authenticate(stream, &startup, config.general.auth_type, &door.users.load_full()).await?;
+    let users = door.users.load_full();
+    let proof = auth::authenticate(stream, &startup, config.general.auth_type, &users);
+    let identity = in_time(deadline, proof).await?;
     let database = known_database(&startup, door)?;
     if startup.replication != Replication::No {
         let message = "replication connections are not supported yet";
@@ -174,8 +182,14 @@ async fn enter(stream: &mut Stream, startup: Startup, door: &Door, worker: usize
     let client = Client::new(who(stream, &identity, &database, door), &application_name(&settings));
     let owner = Owner::Client(Arc::downgrade(&client));
     let key = issue(door, startup.protocol, owner)?;
-    say_welcome(stream, &told, &key).await.map_err(|_| Report::client_gone())?;
+    let deadline = Instant::now() + config.general.client_login_timeout;
+    in_time(deadline, async { say_welcome(stream, &told, &key).await.map_err(|_| Report::client_gone()) }).await?;
     Ok(Entered::Client(Box::new(Entry { client, pool, settings, told, _key: key, _place: place })))
+}
+
+/// A step of a login, bounded by the login timeout.
+async fn in_time<T>(deadline: Instant, step: impl Future<Output = Result<T, Report>>) -> Result<T, Report> {
+    timeout_at(deadline, step).await.unwrap_or_else(|_| Err(Report::login_timeout()))
 }
 
 async fn console(stream: &mut Stream, startup: &Startup, door: &Door) -> Result<Entered, Report> {
@@ -253,17 +267,27 @@ async fn welcome(
             *value = wanted.into();
         }
     }
+    // The server reports it at every login; the welcome of another user has it not.
+    if parameters::reported(&told, b"application_name").is_none() {
+        parameters::report(&mut told, b"application_name", settings.value(b"application_name").unwrap_or_default());
+    }
     if parameters::reported(&told, b"session_authorization").is_none() {
         parameters::report(&mut told, b"session_authorization", &identity.user);
     }
     Ok(told)
 }
 
-/// Opens a server connection to learn the welcome. Ended by the login timeout.
+/// Opens a server connection to learn the welcome. Ended by the hold budget while the gate is shut, else by the login
+/// timeout, whose clock stands still meanwhile.
 async fn ask_server(pool: &Arc<Pool>, worker: usize) -> Result<Arc<Reported>, Report> {
+    let config = pool.site.config.load_full();
+    let shed_at = Instant::now() + config.general.hold_budget;
     loop {
-        let pass = pool.site.gate.enter(0).await;
-        match pool.checkout(pass, worker).await {
+        let held = timeout_at(shed_at, pool.site.gate.enter(0)).await;
+        let pass = held.map_err(|_| Report::held_too_long())?;
+        let deadline = Instant::now() + config.general.client_login_timeout;
+        let checkout = timeout_at(deadline, pool.checkout(pass, worker)).await;
+        match checkout.map_err(|_| Report::login_timeout())? {
             Ok(lease) => {
                 let initial = Arc::clone(&lease.pooled.initial);
                 lease.rest();
