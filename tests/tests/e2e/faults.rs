@@ -83,6 +83,7 @@ impl Theatre {
             if gates.iter().any(|gate| gate.get("database") == Some(DATABASE) && gate.get("state") == Some("pausing")) {
                 return;
             }
+            // reason: a look at a gate; the loop has a deadline.
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }
@@ -104,6 +105,7 @@ impl Theatre {
                 return backend;
             }
             assert!(Instant::now() < until, "gates do not settle: {gates:?}");
+            // reason: a look at the gates; the loop has a deadline.
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
