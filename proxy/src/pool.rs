@@ -38,6 +38,9 @@ const OVERTAKE_POOL_SIZES: u64 = 4;
 /// that forks a process for each is not knocked over.
 const OPENING_MAX: u32 = 8;
 
+/// Where housekeeping runs.
+const MAIN_THREAD: usize = 0;
+
 /// How long a closed connection may take to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(1);
 
@@ -186,7 +189,7 @@ impl Pool {
     }
 
     /// A connection at rest, this worker's own if there is one.
-    fn take_idle(&self, worker: usize) -> Option<Box<Pooled>> {
+    fn take_idle(self: &Arc<Self>, worker: usize) -> Option<Box<Pooled>> {
         let generation = self.site.route.generation();
         loop {
             let mut inner = self.lock();
@@ -274,7 +277,7 @@ impl Pool {
     }
 
     /// Gives a connection at rest to the next waiter, or keeps it.
-    fn put(&self, mut pooled: Box<Pooled>) {
+    fn put(self: &Arc<Self>, mut pooled: Box<Pooled>) {
         if self.is_outdated(&pooled) {
             return self.dismiss(pooled);
         }
@@ -302,12 +305,16 @@ impl Pool {
             || (!lifetime.is_zero() && pooled.server.opened_at.elapsed() > lifetime)
     }
 
-    /// Closes a connection with a goodbye, in the background; it counts as no failure.
-    fn dismiss(&self, pooled: Box<Pooled>) {
+    /// Closes a connection with a goodbye, in the background; it counts as no failure. Only then is its place free for
+    /// those who wait.
+    fn dismiss(self: &Arc<Self>, pooled: Box<Pooled>) {
+        let pool = Arc::clone(self);
         self.site.tasks.spawn(async move {
             let deadline = tokio::time::Instant::now() + GOODBYE;
-            let Pooled { server, place: _place, .. } = *pooled;
+            let Pooled { server, place, home, .. } = *pooled;
             server.terminate(deadline).await;
+            drop(place);
+            pool.open_more(home);
         });
     }
 
@@ -328,10 +335,30 @@ impl Pool {
             .collect();
         drop(inner);
         gone.into_iter().for_each(|pooled| self.dismiss(pooled));
+        // Another pool of the database or of the user may have freed a place that somebody here waits for.
+        self.open_more(MAIN_THREAD);
+        if !self.site.gate.is_shut() {
+            self.open_spare(floor);
+        }
+    }
+
+    /// Opens connections that nobody waits for, up to `min_pool_size`.
+    fn open_spare(self: &Arc<Self>, floor: usize) {
+        while usize::try_from(self.open.load(Ordering::Relaxed)).is_ok_and(|open| open < floor) {
+            let failed_at = self.lock().failed_at;
+            let retry = self.site.config.load().general.server_login_retry;
+            if failed_at.is_some_and(|at| at.elapsed() < retry) {
+                return;
+            }
+            let Some(place) = self.place() else { return };
+            self.opening.fetch_add(1, Ordering::AcqRel);
+            let opener = Opener { pool: Arc::clone(self) };
+            self.site.tasks.spawn(opener.run(place, MAIN_THREAD, None));
+        }
     }
 
     /// Closes every connection at rest, as PgBouncer's PAUSE does: the server may be restarted.
-    pub fn close_idle(&self) {
+    pub fn close_idle(self: &Arc<Self>) {
         let idle = std::mem::take(&mut self.lock().idle);
         idle.into_iter().for_each(|pooled| self.dismiss(pooled));
     }
@@ -455,7 +482,7 @@ impl Drop for Opener {
 
 /// A waiter's end of the hand-over: what was handed over and not taken goes back.
 struct Waiting<'a> {
-    pool: &'a Pool,
+    pool: &'a Arc<Pool>,
     hold: oneshot::Receiver<Box<Pooled>>,
 }
 
@@ -488,7 +515,6 @@ impl Lease {
     pub fn close(self) {
         let Lease { pooled, pool, pass } = self;
         pool.dismiss(pooled);
-        pool.open_more(0);
         drop(pass);
     }
 }
@@ -508,7 +534,6 @@ impl Kept {
     /// The client has left in the middle of things.
     pub fn close(self) {
         self.pool.dismiss(self.pooled);
-        self.pool.open_more(0);
     }
 }
 

@@ -99,7 +99,7 @@ impl Pool {
     }
 
     /// Closes what was parked: the switch is off.
-    pub fn unpark(&self) {
+    pub fn unpark(self: &Arc<Self>) {
         let parked = std::mem::take(&mut self.lock().parked);
         for pooled in parked.into_values().flat_map(|warm| warm.connections) {
             self.dismiss(pooled);
@@ -107,7 +107,7 @@ impl Pool {
     }
 
     /// Drops parked connections that are gone; how many are left.
-    fn sift(&self, backend: &str) -> usize {
+    fn sift(self: &Arc<Self>, backend: &str) -> usize {
         let mut inner = self.lock();
         let Some(warm) = inner.parked.get_mut(backend) else { return 0 };
         let gone: Vec<_> = warm.connections.extract_if(.., |pooled| !pooled.is_alive()).collect();
