@@ -6,6 +6,7 @@
 
 mod buffer;
 
+use buffer::WHOLE_BYTES_MAX;
 pub use buffer::{Buffer, Read};
 
 use std::io;
@@ -228,7 +229,14 @@ impl<S: ShutSignal> Relay<'_, S> {
                 Ok(None) => return Scan::Dry,
                 Err(error) => return Scan::End(End::ServerNonsense(error.to_string())),
             };
+            // What comes after the last answer belongs to no statement: not to be cut off in the middle by the end.
+            if self.tracker.at_rest() {
+                return Scan::Dry;
+            }
             match header.tag {
+                b'S' if header.total_bytes > WHOLE_BYTES_MAX => {
+                    return Scan::End(End::ServerNonsense("ParameterStatus without end".to_owned()));
+                }
                 b'Z' if header.total_bytes != HEADER_BYTES + 1 => {
                     return Scan::End(End::ServerNonsense("ReadyForQuery of the wrong length".to_owned()));
                 }

@@ -134,7 +134,8 @@ impl Session {
 
     /// Makes the connection fit the client, then moves frames until the end.
     async fn relay(&mut self, mut lease: Lease) -> Result<(Lease, End, Moved), Farewell> {
-        let mut down = Buffer::take();
+        // A kept server may have been in the middle of a message to its client.
+        let mut down = self.down.take().unwrap_or_else(Buffer::take);
         if let Err(error) = Box::pin(self.fit(&mut lease, &mut down)).await {
             lease.close();
             return Err(error);
@@ -168,6 +169,9 @@ impl Session {
         }
         if !up.is_empty() {
             self.up = Some(up);
+        }
+        if !down.is_empty() {
+            self.down = Some(down);
         }
         Ok((lease, end, moved))
     }
@@ -218,7 +222,6 @@ impl Session {
     }
 
     fn finish(&mut self, lease: Lease, end: End) -> Result<(), Farewell> {
-        let rests = lease.pooled.tracker.at_rest();
         let keeps = self.client.who.pool_mode == PoolMode::Session;
         let farewell = match end {
             End::Rest => None,
@@ -235,6 +238,9 @@ impl Session {
                 return Err(Farewell::ServerGone(what));
             }
         };
+        // Said after its last answer: for a client that keeps the server; to the next one it would be a stranger's.
+        let said_more = !keeps && self.down.take().is_some();
+        let rests = lease.pooled.tracker.at_rest() && !said_more;
         match (rests, keeps) {
             (true, true) => self.kept = Some(Box::new(lease.keep())),
             (true, false) => lease.rest(),

@@ -21,7 +21,7 @@ const BUFFER_BYTES: usize = 16 * 1024;
 const FREE_MAX: usize = 256;
 
 /// A message that has to be seen whole (ParameterStatus) may make the buffer grow up to this.
-const WHOLE_BYTES_MAX: usize = 1024 * 1024;
+pub(super) const WHOLE_BYTES_MAX: usize = 1024 * 1024;
 
 thread_local! {
     static FREE: RefCell<Vec<Box<[u8]>>> = const { RefCell::new(Vec::new()) };
