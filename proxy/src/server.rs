@@ -51,7 +51,9 @@ pub async fn run(config: Config, mut signals: watch::Receiver<Signal>) -> anyhow
     let operator = Operator { door: Arc::clone(&door), ending };
     let listeners = listener::bind(&door).await?;
     let page = Page::new(operator.clone());
-    start_tasks(&door, &page).await?;
+    // The pages outlive the listeners: a proxy that drains is alive and not ready.
+    let pages_over = CancellationToken::new();
+    start_tasks(&door, &page, &pages_over).await?;
     for listener in listeners {
         let reception =
             worker::Reception { door: Arc::clone(&door), operator: operator.clone(), workers: workers.clone() };
@@ -81,6 +83,7 @@ pub async fn run(config: Config, mut signals: watch::Receiver<Signal>) -> anyhow
         }
     }
     door.process.closing.cancel();
+    pages_over.cancel();
     door.process.tasks.close();
     // Clients have been told; what still runs after this ends with the process.
     let _ = tokio::time::timeout(LAST_MOMENTS, door.process.tasks.wait()).await;
@@ -182,7 +185,7 @@ fn door(config: Config, workers: usize) -> anyhow::Result<Arc<Door>> {
 }
 
 /// Watchers, housekeeping and the HTTP pages.
-async fn start_tasks(door: &Arc<Door>, page: &Arc<Page>) -> anyhow::Result<()> {
+async fn start_tasks(door: &Arc<Door>, page: &Arc<Page>, pages_over: &CancellationToken) -> anyhow::Result<()> {
     for database in door.databases.load().values() {
         door.process.tasks.spawn(database::watch(Arc::clone(database)));
     }
@@ -190,7 +193,7 @@ async fn start_tasks(door: &Arc<Door>, page: &Arc<Page>) -> anyhow::Result<()> {
     if let Some(address) = &door.process.config.load().general.http_addr {
         let listener = tokio::net::TcpListener::bind(address).await.with_context(|| format!("http_addr {address}"))?;
         tracing::info!("http on {}", listener.local_addr()?);
-        door.process.tasks.spawn(http::serve(listener, Arc::clone(page), door.process.closing.clone()));
+        door.process.tasks.spawn(http::serve(listener, Arc::clone(page), pages_over.clone()));
     }
     Ok(())
 }
