@@ -21,7 +21,7 @@ use tokio_postgres::{Config, NoTls};
 use crate::armed::LIMIT;
 use crate::stand::{
     Stand, WHERE, answered, claim, eventually, hasty, outcome, pause, refusal, said, second_database, sent,
-    session_pooled,
+    session_pooled, view,
 };
 
 const SLEEP: &str = "SELECT pg_sleep(60)";
@@ -143,11 +143,22 @@ async fn a_pause_whose_admin_dies_before_it_is_complete_is_undone() {
 async fn an_epoch_pause_whose_admin_dies_ends_by_its_lease_with_an_abort() {
     let stand = Stand::armed([17, 17], |_, _| ()).await;
     let turn = stand.open().await;
-    let admin = stand.proxy.admin().await.unwrap();
-    admin.rows(&pause(&turn)).await.unwrap();
-    admin.sever();
+    stand.proxy.admin().await.unwrap().rows(&pause(&turn)).await.unwrap();
     stand.gate_says("state", "open").await;
     assert_eq!(outcome(&stand.blue()).await, Some(Outcome::Abort));
+    // While it still waits for the drain.
+    let client = in_transaction(&stand).await;
+    let turn = stand.open().await;
+    let mut console = stand.console().await;
+    let mut query = BytesMut::new();
+    frontend::query(&pause(&turn).replace("200ms", "590ms"), &mut query).unwrap();
+    console.send(&query).await.unwrap();
+    stand.gate_says("state", "pausing").await;
+    drop(console);
+    stand.gate_says("state", "open").await;
+    let last = view(&stand.blue()).await.last.unwrap();
+    assert_eq!((last.epoch, last.outcome), (turn.claim.epoch, Outcome::Abort));
+    client.run("COMMIT; SELECT 1").await.unwrap();
 }
 
 #[tokio::test]

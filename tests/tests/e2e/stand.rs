@@ -15,8 +15,8 @@ use pgcutover_api::store::{Name, Outcome, StoreView, Turn};
 use postgres_protocol::message::backend::Message;
 use proxyctl::clusters::{self, Role};
 use tokio::task::JoinHandle;
-use tokio_postgres::SimpleQueryRow;
 use tokio_postgres::error::DbError;
+use tokio_postgres::{SimpleQueryMessage, SimpleQueryRow};
 use toml::{Table, Value};
 
 use crate::armed::{LIMIT, as_proxyctl};
@@ -172,6 +172,7 @@ impl Stand {
 }
 
 impl Drop for Stand {
+    #[expect(clippy::print_stdout, reason = "the test runner shows it with the failure; the log is gone afterwards")]
     fn drop(&mut self) {
         if std::thread::panicking() {
             println!("{}", String::from_utf8_lossy(&std::fs::read(self.proxy.log()).unwrap_or_default()));
@@ -237,19 +238,17 @@ pub(crate) fn session_pooled(options: &mut ProxyOptions, user: &str) {
     options.config.insert("users".to_owned(), Value::Table(Table::from_iter([(user.to_owned(), Value::Table(mode))])));
 }
 
+fn row(message: SimpleQueryMessage) -> Option<SimpleQueryRow> {
+    if let SimpleQueryMessage::Row(row) = message { Some(row) } else { None }
+}
+
 /// Sends a statement that waits, on a connection of its own.
 pub(crate) fn sent(client: Client, sql: &str) -> Answer {
     let sql = sql.to_owned();
     tokio::spawn(async move {
         let answer = client.simple_query(&sql).await;
         match answer {
-            Ok(messages) => Ok(messages
-                .into_iter()
-                .filter_map(|message| match message {
-                    tokio_postgres::SimpleQueryMessage::Row(row) => Some(row),
-                    _ => None,
-                })
-                .collect()),
+            Ok(messages) => Ok(messages.into_iter().filter_map(row).collect()),
             Err(error) => Err(error.as_db_error().unwrap_or_else(|| panic!("{sql}: {error}")).clone()),
         }
     })
@@ -279,6 +278,7 @@ pub(crate) async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool)
 }
 
 /// The tags and errors of an answer.
+#[expect(clippy::wildcard_enum_match_arm, reason = "the driver's enum may grow; the rest is not asked for")]
 pub(crate) fn said(messages: &[Message]) -> Vec<String> {
     messages
         .iter()

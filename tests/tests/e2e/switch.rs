@@ -165,18 +165,18 @@ async fn a_route_that_cannot_be_written_is_an_alarm_and_stops_nothing() {
     assert!(metrics.lines().any(|line| line == "pgcutover_route_writes_failed_total 1"), "{metrics}");
 }
 
+/// The `server_version` that a client is told in an answer.
+fn version(messages: &[Message]) -> Option<String> {
+    messages.iter().find_map(|message| {
+        let Message::ParameterStatus(body) = message else { return None };
+        (body.name().unwrap() == "server_version").then(|| body.value().unwrap().to_owned())
+    })
+}
+
 #[tokio::test]
 async fn live_clients_are_told_the_new_servers_version() {
     let stand = Stand::start(&[13, 17], |_, _| ()).await;
     let mut wire = stand.wire().await;
-    let version = |messages: &[Message]| {
-        messages.iter().find_map(|message| match message {
-            Message::ParameterStatus(body) if body.name().unwrap() == "server_version" => {
-                Some(body.value().unwrap().to_owned())
-            }
-            _ => None,
-        })
-    };
     assert_eq!(version(&wire.query("SELECT 1").await.unwrap().0), None, "it is what the welcome said");
     switch(&stand).await;
     let told = version(&wire.query("SELECT 1").await.unwrap().0);
