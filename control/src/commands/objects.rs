@@ -8,10 +8,10 @@ use clap::{Args, ValueEnum};
 use pgcutover_api::store;
 use serde::Serialize;
 
-use crate::clusters::{Clusters, Ungated};
+use crate::clusters::{Certainty, Clusters, Ungated};
 use crate::commands::Context;
 use crate::printer::{Exit, Printer};
-use crate::steps::install;
+use crate::steps::{STEP_DEADLINE, install};
 
 /// Many tables, each with a lock to be had.
 const REMOVE: Duration = Duration::from_secs(60);
@@ -38,6 +38,8 @@ enum Work {
 #[derive(Serialize)]
 struct Done {
     done: &'static str,
+    /// What a superuser has to run on the source so that DDL is refused and not only noticed; none if nothing.
+    superuser_sql: Option<String>,
     left: Vec<String>,
 }
 
@@ -58,17 +60,20 @@ impl Objects {
         let config = &context.config;
         let clusters = Clusters::connect(&config.source.endpoint, &config.target.endpoint).await?;
         let mut left: Vec<Ungated> = Vec::new();
+        let mut superuser_sql = None;
         if self.work == Work::Remove {
             let database = config.route.clone();
             left.extend(clusters.source.disarm(&database, REMOVE).await?);
             left.extend(clusters.target.disarm(&database, REMOVE).await?);
         } else {
             install::install(config, &clusters).await?;
+            let certainty = clusters.source.arm(&config.route, STEP_DEADLINE).await?;
+            superuser_sql = (certainty == Certainty::Watched).then(|| store::event_trigger(&config.route));
         }
         let done = if self.work == Work::Remove { "gates removed" } else { "objects installed on target and source" };
         let left: Vec<String> = left.iter().map(Ungated::to_string).collect();
         let exit = if left.is_empty() { Exit::Done } else { Exit::Unfinished };
-        context.printer.data(&Done { done, left });
+        context.printer.data(&Done { done, superuser_sql, left });
         Ok(exit)
     }
 }
@@ -76,6 +81,9 @@ impl Objects {
 impl std::fmt::Display for Done {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         writeln!(f, "{}", self.done)?;
+        if let Some(sql) = &self.superuser_sql {
+            writeln!(f, "DDL will be noticed, not refused, unless a superuser runs this on the source:\n{sql};")?;
+        }
         self.left.iter().try_for_each(|left| writeln!(f, "  left: {left}"))
     }
 }

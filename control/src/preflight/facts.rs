@@ -4,6 +4,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use pgcutover_api::store;
 use pgcutover_api::store::{Gate, Identity, Member, Name, literal};
 use uuid::Uuid;
 
@@ -458,7 +459,7 @@ async fn attempts(cluster: &Cluster, inquiry: &Inquiry) -> Result<Vec<Attempt>, 
     let limit = inquiry.limit;
     let mut attempts = vec![
         attempt(cluster, "store", &scratch_store(&scratch), limit).await?,
-        attempt(cluster, "event_trigger", &scratch_event_trigger(&scratch), limit).await?,
+        attempt(cluster, "event_trigger", &scratch_event_trigger(&scratch, &inquiry.db), limit).await?,
         attempt(cluster, "activity", ACTIVITY, limit).await?,
     ];
     if inquiry.limits.way_back {
@@ -493,12 +494,18 @@ fn scratch_store(schema: &str) -> String {
     )
 }
 
-fn scratch_event_trigger(name: &str) -> String {
+/// One that a superuser has put there counts as much as one that we may create.
+fn scratch_event_trigger(name: &str, db: &Name) -> String {
+    let body = format!(
+        "BEGIN IF NOT {} THEN CREATE EVENT TRIGGER {name} ON ddl_command_start EXECUTE FUNCTION {name}.ddl(); \
+         ALTER EVENT TRIGGER {name} ENABLE ALWAYS; END IF; END",
+        store::event_trigger_stands(db)
+    );
     format!(
         "BEGIN; SET LOCAL lock_timeout = 500; CREATE SCHEMA {name}; \
          CREATE FUNCTION {name}.ddl() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN RETURN; END'; \
-         CREATE EVENT TRIGGER {name} ON ddl_command_start EXECUTE FUNCTION {name}.ddl(); \
-         ALTER EVENT TRIGGER {name} ENABLE ALWAYS; ROLLBACK"
+         DO LANGUAGE plpgsql {}; ROLLBACK",
+        literal(&body)
     )
 }
 

@@ -48,7 +48,7 @@ async fn catalogue_is_unchanged(scene: &Scene) -> Result<(), StepError> {
     }
     let problem = "the schema of the source changed after the gates were armed";
     let fix = "bring the change to the target too, and let nobody change the schema during a cutover; \
-               a superuser's `proxyctl objects` installs an event trigger that refuses it";
+               the event trigger that `proxyctl objects` prints, run by a superuser, refuses it";
     let finding = Finding::red("checked", &scene.config.database, problem, fix);
     Err(StepError::found(problem, vec![finding]))
 }

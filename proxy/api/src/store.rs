@@ -376,10 +376,19 @@ pub fn event_trigger(db: &Name) -> String {
     let create = format!("CREATE EVENT TRIGGER {quoted} ON ddl_command_start EXECUTE FUNCTION pgcutover.{function}()");
     let body = format!(
         "BEGIN IF NOT EXISTS (SELECT FROM pg_catalog.pg_event_trigger e WHERE e.evtname = {}) THEN {create}; END IF; \
-         ALTER EVENT TRIGGER {quoted} ENABLE ALWAYS; END",
-        literal(&name)
+         IF NOT {there} THEN ALTER EVENT TRIGGER {quoted} ENABLE ALWAYS; END IF; END",
+        literal(&name),
+        there = event_trigger_stands(db),
     );
     transaction(&format!("DO LANGUAGE plpgsql{}", spaced_literal(&body)))
+}
+
+/// A condition: the event trigger of a route is there and always on. Whoever may not create one uses another's.
+pub fn event_trigger_stands(db: &Name) -> String {
+    format!(
+        "EXISTS (SELECT FROM pg_catalog.pg_event_trigger e WHERE e.evtname = {} AND e.evtenabled = 'A')",
+        literal(&format!("pgcutover_ddl_{db}"))
+    )
 }
 
 fn spaced_literal(text: &str) -> String {

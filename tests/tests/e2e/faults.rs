@@ -221,6 +221,26 @@ async fn a_subscription_disabled_in_the_pause_is_named_with_the_statement_that_e
     theatre.ends_without_error_on(SOURCE).await;
 }
 
+/// Where no event trigger refuses DDL, what it changes in the pause would stay on the source alone (R13).
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_schema_changed_in_the_pause_ends_the_cutover_or_is_refused_there() {
+    let theatre = Theatre::open(1).await;
+    let source = theatre.stage.pair.source.superuser(DATABASE).await.unwrap();
+    let (client, running) = theatre.held().await;
+    source.run("CREATE INDEX added_in_the_pause ON ledger (n)").await.unwrap();
+    client.run("COMMIT").await.unwrap();
+    says(&running.wait(LIMIT).await.unwrap(), ABORTED, "schema", "target");
+    source.run("DROP INDEX added_in_the_pause").await.unwrap();
+    // With the event trigger that `objects` prints, run by a superuser, it is refused instead.
+    let printed = theatre.stage.control.run(&["objects"], LIMIT).await.unwrap().json().unwrap();
+    source.run(printed["superuser_sql"].as_str().unwrap()).await.unwrap();
+    let fenced = theatre.stage.control.run(&["cutover"], LIMIT).await.unwrap();
+    assert_eq!(fenced.code, Some(0), "{}", fenced.story());
+    let refused = source.run("ALTER TABLE ledger ADD COLUMN added_too_late int").await.unwrap_err();
+    assert!(format!("{refused:#}").contains("fenced"), "{refused:#}");
+    theatre.ends_without_error_on(TARGET).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_transaction_held_past_the_deadline_ends_the_cutover_and_not_itself() {
     let theatre = Theatre::open(2).await;

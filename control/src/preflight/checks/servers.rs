@@ -168,7 +168,7 @@ pub(super) fn event_trigger(facts: &Facts) -> Vec<Finding> {
         return vec![Finding::green(CHECK, "source", "DDL can be fenced")];
     };
     let problem = format!("DDL can't be fenced, only noticed: {refusal}");
-    let fix = "Let nobody change the schema during the cutover, or let a superuser run `proxyctl objects`.";
+    let fix = "Let nobody change the schema during the cutover, or let a superuser run the CREATE EVENT TRIGGER that `proxyctl objects` prints.";
     vec![Finding::yellow(CHECK, format!("source role {}", facts.source.login), problem, fix)]
 }
 
