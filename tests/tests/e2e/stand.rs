@@ -271,6 +271,7 @@ pub(crate) async fn refusal(client: &Client, sql: &str) -> DbError {
 pub(crate) async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     let waiting = async {
         while !holds().await {
+            // reason: between two looks at the condition, which has its deadline below
             tokio::time::sleep(LOOK).await;
         }
     };
