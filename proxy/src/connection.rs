@@ -101,8 +101,25 @@ impl Drop for Place {
 
 /// Serves one connection to its end; a visitor of the console comes back to the caller.
 pub async fn serve(stream: Stream, door: Arc<Door>, worker: usize) -> Option<Visitor> {
+    // Boxed, and gone before the session begins: an idle client's future must not carry the handshake's.
+    match Box::pin(admit(stream, &door, worker)).await? {
+        Admitted::Visitor(visitor) => Some(*visitor),
+        Admitted::Client(admitted) => {
+            session(admitted, &door, worker).await;
+            None
+        }
+    }
+}
+
+/// Who has passed the door.
+enum Admitted {
+    Visitor(Box<Visitor>),
+    Client(Box<(Stream, Entry)>),
+}
+
+/// Handshake and login; `None` if that was all.
+async fn admit(stream: Stream, door: &Arc<Door>, worker: usize) -> Option<Admitted> {
     let deadline = Instant::now() + door.process.config.load().general.client_login_timeout;
-    // Boxed phases: an idle client's future must not carry the handshake's.
     let greeted = Box::pin(handshake::greet(stream, &door.acceptor.load_full(), deadline)).await;
     let (mut stream, startup) = match greeted {
         Ok((stream, Hello::Session(startup))) => (stream, startup),
@@ -113,20 +130,17 @@ pub async fn serve(stream: Stream, door: Arc<Door>, worker: usize) -> Option<Vis
         }
         Ok((_, Hello::Gone)) => return None,
         Err(report) => {
-            turned_away(&door, &report);
+            turned_away(door, &report);
             return None;
         }
     };
-    match Box::pin(enter(&mut stream, *startup, &door, deadline, worker)).await {
+    match Box::pin(enter(&mut stream, *startup, door, deadline, worker)).await {
         Ok(Entered::Console { user, rights, key, cancels, place }) => {
-            Some(Visitor { stream, user, rights, key, cancels, place })
+            Some(Admitted::Visitor(Box::new(Visitor { stream, user, rights, key, cancels, place })))
         }
-        Ok(Entered::Client(entry)) => {
-            session(stream, *entry, &door, worker).await;
-            None
-        }
+        Ok(Entered::Client(entry)) => Some(Admitted::Client(Box::new((stream, *entry)))),
         Err(report) => {
-            turned_away(&door, &report);
+            turned_away(door, &report);
             stream.refuse(&report).await;
             None
         }
@@ -314,14 +328,13 @@ fn application_name(settings: &Settings) -> String {
 }
 
 /// The session of a welcomed client.
-async fn session(stream: Stream, entry: Entry, door: &Door, worker: usize) {
-    let Entry { client, pool, settings, told, _key, _place } = entry;
+async fn session(admitted: Box<(Stream, Entry)>, door: &Door, worker: usize) {
+    let (stream, Entry { client, pool, settings, told, _key, _place }) = *admitted;
     let _enrolled = door.process.clients.enrol(&client);
-    let user = String::from_utf8_lossy(&client.who.user).into_owned();
-    let meter = door.book.pool(&client.who.database, &user).meter(worker);
+    let meter = door.book.pool(&client.who.database, &String::from_utf8_lossy(&client.who.user)).meter(worker);
     meter.client_login();
     let id = client.who.id;
-    let session = Session {
+    let mut session = Session {
         stream,
         client,
         pool,

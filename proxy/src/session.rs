@@ -72,7 +72,7 @@ pub enum Farewell {
 
 impl Session {
     /// Serves the client. Ended by the client, by a lost server connection, or by an order.
-    pub async fn run(mut self) -> Farewell {
+    pub async fn run(&mut self) -> Farewell {
         let farewell = loop {
             if let Err(farewell) = std::future::poll_fn(|cx| self.poll_begin(cx)).await {
                 break farewell;
@@ -81,7 +81,8 @@ impl Session {
                 break farewell;
             }
         };
-        self.leave(&farewell).await;
+        // Boxed: an idle client need not carry its last word.
+        Box::pin(self.leave(&farewell)).await;
         farewell
     }
 
@@ -94,7 +95,8 @@ impl Session {
         self.meter.server_assignment();
         self.client.enter(State::Active, begun_at);
         self.client.link(&lease.pooled.shared);
-        let outcome = self.relay(lease).await;
+        // Boxed, with all that a transaction needs and an idle client does not.
+        let outcome = Box::pin(self.relay(lease)).await;
         let ended_at = Instant::now();
         // A kept server stays linked: its client's cancels are its own affair, and it is listed as a blocker.
         if self.client.who.pool_mode == PoolMode::Transaction {
@@ -124,7 +126,7 @@ impl Session {
                 Some(Ok(lease)) => return Ok(Some(lease)),
                 Some(Err(NoServer::Shut)) => {}
                 Some(Err(NoServer::Refused(report))) => {
-                    self.refuse(report).await?;
+                    Box::pin(self.refuse(report)).await?;
                     return Ok(None);
                 }
                 None => return Ok(None),
@@ -136,7 +138,7 @@ impl Session {
     async fn relay(&mut self, mut lease: Lease) -> Result<(Lease, End, Moved), Farewell> {
         // A kept server may have been in the middle of a message to its client.
         let mut down = self.down.take().unwrap_or_else(Buffer::take);
-        if let Err(error) = Box::pin(self.fit(&mut lease, &mut down)).await {
+        if let Err(error) = self.fit(&mut lease, &mut down).await {
             lease.close();
             return Err(error);
         }

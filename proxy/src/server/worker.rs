@@ -115,18 +115,17 @@ async fn work(worker: usize, mut dealt: mpsc::Receiver<Dealt>, stop: Cancellatio
         match stream {
             Ok(stream) => {
                 let tasks = reception.door.process.tasks.clone();
-                tasks.spawn(serve(stream, worker, reception));
+                tasks.spawn(serve(stream, worker, reception.door, reception.operator));
             }
             Err(error) => tracing::warn!(%error, "a new connection could not be registered"),
         }
     }
 }
 
-async fn serve(stream: Stream, worker: usize, reception: Reception) {
-    let door = Arc::clone(&reception.door);
+async fn serve(stream: Stream, worker: usize, door: Arc<Door>, operator: Operator) {
     if let Some(visitor) = connection::serve(stream, door, worker).await {
         // Boxed: clients' futures must not carry the console's.
-        Box::pin(visit(visitor, &reception.operator)).await;
+        Box::pin(visit(visitor, &operator)).await;
     }
 }
 
@@ -148,5 +147,37 @@ async fn visit(visitor: Visitor, operator: &Operator) {
     };
     if let Err(error) = console::serve(stream, &visit, operator).await {
         tracing::debug!(by = %visit.visitor, %error, "a visit to the console ended");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::watch;
+
+    use super::*;
+    use crate::config::Config;
+    use crate::server;
+
+    /// What an idle plain client may cost besides its socket, in bytes: PgBouncer's are 1,300.
+    const IDLE_CLIENT_BYTES_MAX: usize = 1024;
+
+    #[tokio::test]
+    async fn the_future_of_an_idle_plain_client_is_under_one_kilobyte() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pgcutover.toml");
+        let state = directory.path().display();
+        let text = format!(
+            "[pgcutover]\nstate_dir = \"{state}\"\nauth_type = \"trust\"\n\
+             [databases.app]\nactive = \"blue\"\n[databases.app.backends.blue]\nhost = \"127.0.0.1\"\nport = 1\n"
+        );
+        std::fs::write(&path, text).unwrap();
+        let door = server::door(Config::load(&path).unwrap(), 1).unwrap();
+        let (ending, _ended) = watch::channel(None);
+        let operator = Operator { door: Arc::clone(&door), ending };
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = tokio::net::TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let future = serve(Stream::Tcp(client), 1, door, operator);
+        let bytes = std::mem::size_of_val(&future);
+        assert!(bytes < IDLE_CLIENT_BYTES_MAX, "{bytes} bytes: box what an idle client does not need");
     }
 }
