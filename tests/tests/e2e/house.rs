@@ -121,6 +121,7 @@ pub(crate) async fn until<F: Future<Output = bool>>(what: &str, mut holds: impl 
     let deadline = Instant::now() + LIMIT;
     while !holds().await {
         assert!(Instant::now() < deadline, "not within {LIMIT:?}: {what}");
+        // reason: asks again; the loop has a deadline.
         tokio::time::sleep(POLL).await;
     }
 }
