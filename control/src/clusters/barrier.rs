@@ -121,6 +121,7 @@ impl Cluster {
             if deadline.is_over() {
                 return Err(BarrierError::Writers { limit, writers });
             }
+            // reason: pg_locks tells nobody when it changes; asked again within the deadline.
             tokio::time::sleep(EVERY).await;
         }
     }

@@ -325,6 +325,7 @@ impl Clusters {
                 self.source.write_sentinel(db, token, deadline.left().max(NUDGE)).await?;
             }
             if deadline.elapsed() > EAGER {
+                // reason: the target tells nobody when it has applied; asked again within the deadline.
                 tokio::time::sleep(EVERY).await;
             }
         }

@@ -91,6 +91,7 @@ impl Cluster {
                 Ok(outcome) => return Ok(outcome),
                 Err(error) if is_final(&error) => return Err(DecideError::Refused(error)),
                 Err(error) if deadline.is_over() => return Err(DecideError::Unknown(error)),
+                // reason: a server that is away is asked again, within the deadline.
                 Err(_) => tokio::time::sleep(ASK_AGAIN.min(deadline.left())).await,
             }
         }

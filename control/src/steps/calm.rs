@@ -58,6 +58,7 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
         if tokio::time::Instant::now() >= until {
             return Err(StepError::found(format!("not calm within {PATIENCE:?}"), storms));
         }
+        // reason: calm has no event; looked at again within PATIENCE.
         tokio::time::sleep(LOOK).await;
     }
 }

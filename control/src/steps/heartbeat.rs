@@ -88,6 +88,7 @@ impl Beater {
             if matches!(self.target.heard(&self.database, TRAVEL_MAX).await, Ok(Some(heard)) if heard >= n) {
                 return sent.elapsed();
             }
+            // reason: the beat; ended by the run.
             tokio::time::sleep(LOOK).await;
         }
         TRAVEL_MAX

@@ -75,6 +75,7 @@ async fn opened_after_all(scene: &mut Scene, error: ClusterError) -> Result<Epoc
                 Some(open) if open.run == scene.run => return Ok(open.epoch),
                 Some(_) | None => return Err(error.into()),
             },
+            // reason: a source that is away is asked again, within PATIENCE.
             Err(_) if tokio::time::Instant::now() < until => tokio::time::sleep(ASK_AGAIN).await,
             Err(_) => {
                 scene.open_is_unknown = true;
@@ -105,6 +106,7 @@ async fn pause_all(scene: &Scene, claim: Claim) -> Result<(), StepError> {
     let ask_at = drain.mul_f32(0.75);
     let pauses = scene.fleet.all(|proxy| proxy.order(&command, drain + ANSWER));
     let blockers = async {
+        // reason: shortly before the drain deadline, while blockers are still there.
         tokio::time::sleep(ask_at).await;
         blockers(scene).await
     };
@@ -229,6 +231,7 @@ async fn members(scene: &Scene, claim: Claim) -> Result<(), StepError> {
             });
             return Err(StepError::found("a living proxy is not paused", found.collect()));
         }
+        // reason: members hold by themselves at their own look; asked again within the patience.
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }

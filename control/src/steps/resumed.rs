@@ -62,6 +62,7 @@ async fn stragglers(scene: &Scene, mut missed: Vec<ProxyError>) -> Vec<ProxyErro
             return still;
         }
         missed = still;
+        // reason: a straggler follows by itself; looked at again within the deadline.
         tokio::time::sleep(LOOK_AGAIN).await;
     }
 }

@@ -121,6 +121,7 @@ impl Database {
         loop {
             tokio::select! {
                 drained = self.site.gate.drained(id) => return drained,
+                // reason: lock waits have no event; ended by the drain or its deadline.
                 () = tokio::time::sleep(LOCK_LOOK) => self.let_lock_owners_through(id).await,
             }
         }
@@ -196,6 +197,7 @@ impl Database {
         let gone = async {
             // A client's end has no other sign, and a few looks cost nothing. Ended by the clock below.
             while victims.iter().any(|victim| self.process.clients.find(victim.who.id).is_some()) {
+                // reason: killed clients leave one by one; looked at again within the deadline.
                 tokio::time::sleep(KILL_LOOK).await;
             }
         };
