@@ -64,6 +64,9 @@ struct Args {
     /// How long the load runs; the cutover starts in the middle
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(4..=3600))]
     seconds: u64,
+    /// Runs one after the other, each with servers of its own; one line a run, then their sum
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    repeat: u32,
     /// Never fetch server binaries
     #[arg(long)]
     offline: bool,
@@ -137,12 +140,11 @@ fn main() -> ExitCode {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let ended = runtime.context("starting the runtime").and_then(|runtime| runtime.block_on(interruptible(&args)));
     match ended {
-        Ok(Some(verdict)) => {
-            match args.output {
-                Output::Json => result(serde_json::to_string(&verdict).unwrap_or_else(|error| error.to_string())),
-                Output::Text => result(words(&verdict)),
+        Ok(Some(verdicts)) => {
+            if args.repeat > 1 {
+                sum_up(args.output, &Campaign::of(&verdicts));
             }
-            if verdict.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+            if verdicts.iter().all(Verdict::is_good) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
         }
         Ok(None) => {
             say("interrupted; servers and proxies are stopped");
@@ -155,14 +157,78 @@ fn main() -> ExitCode {
     }
 }
 
-/// The demo, or nothing if SIGINT or SIGTERM came first; either way everything it started is stopped.
-async fn interruptible(args: &Args) -> Result<Option<Verdict>> {
+/// Several demos in one line.
+#[derive(Debug, Serialize)]
+struct Campaign {
+    runs: usize,
+    committed: usize,
+    errors: usize,
+    lost: usize,
+    duplicated: usize,
+    stall_ms_max: Vec<f64>,
+    stall_ms_max_median: f64,
+    stall_ms_max_worst: f64,
+    pause_ms: Vec<f64>,
+}
+
+impl Campaign {
+    fn of(verdicts: &[Verdict]) -> Campaign {
+        let sum = |part: fn(&Verdict) -> usize| verdicts.iter().map(part).sum();
+        let stall_ms_max: Vec<f64> = verdicts.iter().map(|verdict| verdict.stall_ms.max).collect();
+        let mut sorted = stall_ms_max.clone();
+        sorted.sort_by(f64::total_cmp);
+        Campaign {
+            runs: verdicts.len(),
+            committed: sum(|verdict| usize::from(verdict.outcome == "committed")),
+            errors: sum(|verdict| verdict.errors),
+            lost: sum(|verdict| verdict.lost),
+            duplicated: sum(|verdict| verdict.duplicated),
+            stall_ms_max_median: sorted.get(sorted.len() / 2).copied().unwrap_or_default(),
+            stall_ms_max_worst: sorted.last().copied().unwrap_or_default(),
+            stall_ms_max,
+            pause_ms: verdicts.iter().filter_map(|verdict| verdict.pause_ms).collect(),
+        }
+    }
+}
+
+fn sum_up(output: Output, campaign: &Campaign) {
+    match output {
+        Output::Json => result(serde_json::to_string(campaign).unwrap_or_else(|error| error.to_string())),
+        Output::Text => {
+            let Campaign { runs, committed, errors, lost, duplicated, .. } = campaign;
+            let (median, worst) = (campaign.stall_ms_max_median, campaign.stall_ms_max_worst);
+            result(format!(
+                "{committed} of {runs} runs committed: {errors} errors, {lost} lost, {duplicated} doubled; \
+                 longest stall {median:.0} ms (median of the runs), {worst:.0} ms (worst)."
+            ));
+        }
+    }
+}
+
+/// The demos, or nothing if SIGINT or SIGTERM came first; either way everything they started is stopped.
+async fn interruptible(args: &Args) -> Result<Option<Vec<Verdict>>> {
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::select! {
-        verdict = demo(args) => verdict.map(Some),
+        verdicts = repeated(args) => verdicts.map(Some),
         _ = tokio::signal::ctrl_c() => Ok(None),
         _ = terminate.recv() => Ok(None),
     }
+}
+
+async fn repeated(args: &Args) -> Result<Vec<Verdict>> {
+    let mut verdicts = Vec::new();
+    for run in 1..=args.repeat {
+        if args.repeat > 1 {
+            say(format_args!("run {run} of {}", args.repeat));
+        }
+        let verdict = demo(args).await?;
+        match args.output {
+            Output::Json => result(serde_json::to_string(&verdict).unwrap_or_else(|error| error.to_string())),
+            Output::Text => result(words(&verdict)),
+        }
+        verdicts.push(verdict);
+    }
+    Ok(verdicts)
 }
 
 async fn demo(args: &Args) -> Result<Verdict> {
