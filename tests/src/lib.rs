@@ -20,6 +20,7 @@ pub mod errors;
 pub mod samples;
 pub mod wire;
 pub mod control;
+pub mod bouncer;
 pub mod proxy;
 pub mod product;
 pub mod pair;
