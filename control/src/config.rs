@@ -184,6 +184,8 @@ pub struct Policy {
     pub prewarm: u32,
     /// The login of the proxies for decisions; gets its rights on our tables when they are made.
     pub proxy_role: String,
+    /// Whether user-defined types may have other oids on the target: preflight is red otherwise.
+    pub accept_oid_change: bool,
 }
 
 /// Whether a slot for the way back is made within the stall.
@@ -345,12 +347,18 @@ fn sequences(section: Option<Section>) -> Checked<Sequences> {
 }
 
 fn policy(section: Option<Section>) -> Checked<Policy> {
-    let default = Policy { on_timeout: OnTimeout::Abort, prewarm: 20, proxy_role: "pgcutover_proxy".to_owned() };
+    let default = Policy {
+        on_timeout: OnTimeout::Abort,
+        prewarm: 20,
+        proxy_role: "pgcutover_proxy".to_owned(),
+        accept_oid_change: false,
+    };
     let Some(mut section) = section else { return Ok(default) };
     let policy = Policy {
         on_timeout: section.choice("on_timeout", ON_TIMEOUT)?.unwrap_or(default.on_timeout),
         prewarm: section.small("prewarm")?.unwrap_or(default.prewarm),
         proxy_role: section.text("proxy_role")?.unwrap_or(default.proxy_role),
+        accept_oid_change: section.flag("accept_oid_change")?.unwrap_or(default.accept_oid_change),
     };
     section.finish()?;
     Ok(policy)
@@ -636,6 +644,16 @@ dsn = "host=127.0.0.1 port=6432 user=admin password=secret dbname=pgcutover"
         assert_eq!(config.policy, least.policy);
         assert_eq!(config.sequences, least.sequences);
         assert_eq!(config.way_back, least.way_back);
+        assert!(text.contains("\naccept_oid_change = false "), "the example names the key");
+    }
+
+    #[test]
+    fn other_oids_are_accepted_only_by_word() {
+        let policy = |text: &str| Config::parse(Path::new("cutover.toml"), text).unwrap().policy;
+        assert!(!policy(LEAST).accept_oid_change);
+        assert!(!policy(&with("[policy]\nprewarm = 3\n")).accept_oid_change);
+        assert!(policy(&with("[policy]\naccept_oid_change = true\n")).accept_oid_change);
+        assert_eq!(error(&with("[policy]\naccept_oid_change = 'yes'\n")).key, "policy.accept_oid_change");
     }
 
     #[test]

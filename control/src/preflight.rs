@@ -5,9 +5,11 @@
 
 mod checks;
 mod facts;
+mod types;
 
 pub use crate::preflight::checks::checks;
 pub use crate::preflight::facts::{
-    Attempt, ClusterFacts, Control, Facts, Inquiry, Limits, LoginRole, LoginVerdict, ProxyBackend, ProxyFacts,
-    ReplicationFacts, Session, StoreFacts, Verdict, Verifiers, gather,
+    Attempt, ClusterFacts, Control, Facts, Inquiry, Limits, LoginRole, LoginVerdict, OidChange, ProxyBackend,
+    ProxyFacts, ReplicationFacts, Session, StoreFacts, Verdict, Verifiers, gather,
 };
+pub use crate::preflight::types::{Kind, Rank, TypeFacts, TypeName, Types};

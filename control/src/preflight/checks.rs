@@ -6,6 +6,7 @@ mod data;
 mod people;
 mod replication;
 mod servers;
+mod types;
 
 use crate::finding::Finding;
 use crate::preflight::facts::Facts;
@@ -35,7 +36,7 @@ pub fn checks(facts: &Facts) -> Vec<Finding> {
         data::large_objects,
         data::sequences,
         data::target_triggers,
-        data::type_oids,
+        types::type_oids,
         people::old_transactions,
         people::prepared_transactions,
         people::verifiers,

@@ -12,6 +12,8 @@ use crate::clusters::{
     BadCell, Cells, Cluster, ClusterError, Clusters, PreparedTransaction, PublishedTable, Sequence, SlotState,
     Subscription, TableFacts, TableState,
 };
+use crate::preflight::types;
+use crate::preflight::types::Types;
 
 /// What the caller wants to know, and what it knows already.
 #[derive(Debug, Clone)]
@@ -43,6 +45,17 @@ pub struct Limits {
     pub proxy_role: String,
     /// The backend that has to be active on every proxy.
     pub source_backend: String,
+    /// Whether types may have other numbers on the target.
+    pub oid_change: OidChange,
+}
+
+/// Whether types may have other numbers on the target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OidChange {
+    /// They must be equal.
+    Refused,
+    /// Somebody has looked at the drivers and said yes.
+    Accepted,
 }
 
 /// One proxy, as its console describes it; the caller asks.
@@ -54,6 +67,8 @@ pub struct ProxyFacts {
     pub instance: Option<String>,
     /// SHOW GATES: whether it can read and record decisions.
     pub control: Control,
+    /// SHOW SESSIONS: the application names of its clients.
+    pub applications: Vec<String>,
     /// SHOW SERVERS: the server processes (`remote_pid`) of its connections to the source.
     pub server_pids: Vec<i32>,
     /// SHOW BACKENDS.
@@ -179,8 +194,8 @@ pub struct ClusterFacts {
     pub logins: Vec<LoginRole>,
     /// Whether their verifiers could be read.
     pub verifiers: Verifiers,
-    /// User-defined types: name and oid.
-    pub types: Vec<(String, u32)>,
+    /// Types that clients may know by number.
+    pub types: Types,
     /// The decision store, if it is there.
     pub store: Option<StoreFacts>,
     /// What was tried.
@@ -318,7 +333,7 @@ async fn cluster(cluster: &Cluster, inquiry: &Inquiry) -> Result<ClusterFacts, C
         prepared: cluster.prepared_transactions(limit).await?,
         logins,
         verifiers,
-        types: cluster.list("types", TYPES, limit, |row| Ok((row.text("name")?, row.number("oid")?))).await?,
+        types: types::of(cluster, limit).await?,
         store: store(cluster, limit).await?,
         attempts: attempts(cluster, inquiry).await?,
     })
@@ -380,12 +395,6 @@ const REPLICA_TRIGGERS: &str = "SELECT n.nspname || '.' || c.relname || ' ' || t
 const SESSIONS: &str = "SELECT a.pid, coalesce(a.usename, '') AS usename, a.application_name, host(a.client_addr) AS client_addr, \
       a.backend_type, (extract(epoch FROM clock_timestamp() - a.xact_start) * 1000)::bigint AS age_ms \
     FROM pg_stat_activity a WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() ORDER BY a.pid";
-
-/// Types that a driver may have looked up by oid: not row types of tables, not arrays.
-const TYPES: &str = "SELECT n.nspname || '.' || t.typname AS name, t.oid FROM pg_type t \
-    JOIN pg_namespace n ON n.oid = t.typnamespace LEFT JOIN pg_class c ON c.oid = t.typrelid \
-    WHERE n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'pgcutover') \
-      AND (t.typtype IN ('b', 'e', 'd', 'r', 'm') AND t.typelem = 0 OR t.typtype = 'c' AND c.relkind = 'c') ORDER BY 1";
 
 async fn relations(cluster: &Cluster, kind: char, limit: Duration) -> Result<Vec<String>, ClusterError> {
     let sql = format!(

@@ -10,7 +10,7 @@ use pgcutover_api::rows::{BackendRow, PrepareRow, Verdict as Answer};
 use crate::clusters::Clusters;
 use crate::config::Config;
 use crate::finding::Finding;
-use crate::preflight::{self, Control, Inquiry, Limits, LoginVerdict, ProxyBackend, ProxyFacts, Verdict};
+use crate::preflight::{self, Control, Inquiry, Limits, LoginVerdict, OidChange, ProxyBackend, ProxyFacts, Verdict};
 use crate::proxies::{Fleet, Proxy, ProxyError};
 use crate::steps::StepError;
 
@@ -34,6 +34,7 @@ pub async fn inspect(config: &Config, clusters: &Clusters, fleet: &Fleet) -> Res
             way_back: config.way_back.enabled,
             proxy_role: config.policy.proxy_role.clone(),
             source_backend: config.source.backend.clone(),
+            oid_change: if config.policy.accept_oid_change { OidChange::Accepted } else { OidChange::Refused },
         },
         limit: QUESTION,
     };
@@ -49,6 +50,7 @@ async fn of_proxy(config: &Config, proxy: &Proxy) -> Result<ProxyFacts, ProxyErr
         name: proxy.name().to_owned(),
         instance: proxy.setting("instance").await?,
         control: if bool::from(gate.control) { Control::Given } else { Control::Missing },
+        applications: proxy.sessions(database).await?.into_iter().map(|row| row.application_name).collect(),
         server_pids: proxy.server_pids(database).await?,
         backends: backends.iter().map(backend).collect(),
         logins: prepare(config, proxy).await?.into_iter().map(login).collect(),

@@ -14,6 +14,8 @@ mod fence;
 #[cfg(test)]
 mod preflight;
 #[cfg(test)]
+mod types;
+#[cfg(test)]
 mod stand;
 #[cfg(test)]
 mod pause;

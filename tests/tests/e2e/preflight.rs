@@ -10,13 +10,13 @@ use pgcutover_api::epoch::{Epoch, RunId};
 use pgcutover_api::store::{self, Member, Name};
 use proxyctl::clusters::{Clusters, Role};
 use proxyctl::finding::{Finding, Level};
-use proxyctl::preflight::{Inquiry, Limits, checks, gather};
+use proxyctl::preflight::{Inquiry, Limits, OidChange, checks, gather};
 
 use crate::armed::{LIMIT, as_proxyctl};
 
 const PAIRS: [(u32, u32); 2] = [(13, 17), (15, 17)];
 
-fn inquiry() -> Inquiry {
+pub(crate) fn inquiry() -> Inquiry {
     Inquiry {
         db: Name::new(DATABASE).unwrap(),
         subscriptions: Vec::new(),
@@ -28,21 +28,22 @@ fn inquiry() -> Inquiry {
             way_back: true,
             proxy_role: "pgcutover_proxy".to_owned(),
             source_backend: "blue".to_owned(),
+            oid_change: OidChange::Refused,
         },
         limit: LIMIT,
     }
 }
 
 /// A pair, its superusers, and proxyctl's connections to it.
-struct Bench {
+pub(crate) struct Bench {
     pair: Pair,
-    clusters: Clusters,
-    source: Client,
-    target: Client,
+    pub(crate) clusters: Clusters,
+    pub(crate) source: Client,
+    pub(crate) target: Client,
 }
 
 impl Bench {
-    async fn start(options: &PairOptions) -> Bench {
+    pub(crate) async fn start(options: &PairOptions) -> Bench {
         let binaries = Binaries::of(&[options.source.major, options.target.major]).unwrap();
         let pair = Pair::start(&binaries, options).await.unwrap();
         let (source, target) =
@@ -160,7 +161,7 @@ const FAULTS: &[Fault] = &[
                 CREATE TRIGGER twice AFTER INSERT ON accounts FOR EACH ROW EXECUTE FUNCTION twice(); \
                 ALTER TABLE accounts ENABLE ALWAYS TRIGGER twice",
         "DROP FUNCTION twice CASCADE"),
-    fault!(Yellow "type_oids" "public.mood";
+    fault!(Red "type_oids" "public.other_one";
         source "CREATE TYPE other_one AS ENUM ('a'); CREATE TYPE mood AS ENUM ('ok')", "DROP TYPE mood, other_one";
         target "CREATE TYPE mood AS ENUM ('ok')", "DROP TYPE mood"),
     fault!(Red "prepared_transactions" "source transaction 'gid 1'";

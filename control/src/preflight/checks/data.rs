@@ -1,8 +1,6 @@
-//! Checks of what is stored: tables, sequences, large objects, types.
+//! Checks of what is stored: tables, sequences, large objects.
 //!
 //! Invariant: pure; a sequence that can't be read is red.
-
-use std::collections::BTreeMap;
 
 use crate::clusters::{GateState, Position, Sequence, Setting, TableKind};
 use crate::finding::Finding;
@@ -126,18 +124,4 @@ pub(super) fn target_triggers(facts: &Facts) -> Vec<Finding> {
         problem,
         "ALTER TABLE ... ENABLE TRIGGER (not ALWAYS, not REPLICA) on the target.",
     )]
-}
-
-pub(super) fn type_oids(facts: &Facts) -> Vec<Finding> {
-    const CHECK: &str = "type_oids";
-    let there: BTreeMap<&str, u32> = facts.target.types.iter().map(|(name, oid)| (name.as_str(), *oid)).collect();
-    let differs = |(name, oid): &&(String, u32)| there.get(name.as_str()).is_some_and(|other| other != oid);
-    let other: Vec<&str> = facts.source.types.iter().filter(differs).map(|(name, _)| name.as_str()).collect();
-    if other.is_empty() {
-        return vec![Finding::green(CHECK, "target", "user-defined types have the same numbers")];
-    }
-    let problem = "have other oids on the target: a driver that remembers them reads or sends the wrong type";
-    let fix =
-        "Have clients that use them in binary reconnect after the cutover, or build the target with the same oids.";
-    vec![Finding::yellow(CHECK, some(&other), problem, fix)]
 }

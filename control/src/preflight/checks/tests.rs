@@ -12,9 +12,10 @@ use crate::clusters::{
 };
 use crate::finding::{Finding, Level};
 use crate::preflight::facts::{
-    Attempt, ClusterFacts, Control, Facts, Limits, LoginRole, LoginVerdict, ProxyBackend, ProxyFacts, ReplicationFacts,
-    Session, StoreFacts, Verdict, Verifiers,
+    Attempt, ClusterFacts, Control, Facts, Limits, LoginRole, LoginVerdict, OidChange, ProxyBackend, ProxyFacts,
+    ReplicationFacts, Session, StoreFacts, Verdict, Verifiers,
 };
+use crate::preflight::types::{Kind, Rank, TypeFacts, TypeName, Types};
 
 fn table(name: &str) -> TableFacts {
     TableFacts {
@@ -57,6 +58,27 @@ fn login(name: &str, verifier: &str) -> LoginRole {
     LoginRole { name: name.to_owned(), verifier: Some(verifier.to_owned()), is_administrative: false }
 }
 
+fn kind(name: &str, kind: Kind, oid: u32, shape: &str) -> TypeFacts {
+    let name = TypeName { schema: "public".to_owned(), name: name.to_owned(), rank: Rank::Itself };
+    TypeFacts { name, oid, kind, shape: Some(shape.to_owned()) }
+}
+
+fn mood(oid: u32) -> TypeFacts {
+    kind("mood", Kind::Enum, oid, "enum {ok,bad}")
+}
+
+fn array(mut of: TypeFacts, oid: u32) -> TypeFacts {
+    of.name.rank = Rank::Array;
+    TypeFacts { oid, shape: Some("array".to_owned()), ..of }
+}
+
+fn types(cluster: &mut ClusterFacts) -> &mut Vec<TypeFacts> {
+    match &mut cluster.types {
+        Types::Read(types) => types,
+        Types::Hidden(words) => panic!("{words}"),
+    }
+}
+
 fn cluster(system_identifier: u64, version_num: u32) -> ClusterFacts {
     let attempt = |right| Attempt { right, refusal: None };
     ClusterFacts {
@@ -78,7 +100,7 @@ fn cluster(system_identifier: u64, version_num: u32) -> ClusterFacts {
         prepared: Vec::new(),
         logins: vec![login("app", "SCRAM-SHA-256$x")],
         verifiers: Verifiers::Read,
-        types: vec![("public.mood".to_owned(), 20_000)],
+        types: Types::Read(vec![mood(20_000), array(mood(20_000), 19_999)]),
         store: None,
         attempts: vec![attempt("store"), attempt("event_trigger"), attempt("activity"), attempt("slot")],
     }
@@ -122,6 +144,7 @@ fn healthy() -> Facts {
             name: "p1".to_owned(),
             instance: Some("one".to_owned()),
             control: Control::Given,
+            applications: vec!["shop".to_owned(), String::new()],
             server_pids: Vec::new(),
             backends: vec![backend],
             logins: Vec::new(),
@@ -134,6 +157,7 @@ fn healthy() -> Facts {
             way_back: true,
             proxy_role: "pgcutover_proxy".to_owned(),
             source_backend: "blue".to_owned(),
+            oid_change: OidChange::Refused,
         },
     }
 }
@@ -247,7 +271,71 @@ fn faults_of_the_data_are_seen() {
     gives(Level::Yellow, "target_triggers", "audit", |f| {
         f.target.replica_triggers.push("public.accounts audit".to_owned())
     });
-    gives(Level::Yellow, "type_oids", "public.mood", |f| f.target.types[0].1 = 20_001);
+}
+
+#[test]
+fn types_that_are_not_the_same_are_seen() {
+    let check = "type_oids";
+    gives(Level::Red, check, "type public.mood", |f| types(&mut f.target).clear());
+    gives(Level::Red, check, "type public.mood", |f| {
+        types(&mut f.target)[0].shape = Some("enum {bad,ok}".to_owned());
+    });
+    gives(Level::Red, check, "type public.mood", |f| types(&mut f.target)[0].shape = None);
+    gives(Level::Red, check, "source role pgcutover", |f| f.source.types = Types::Hidden("no".to_owned()));
+    gives(Level::Red, check, "target role pgcutover", |f| f.target.types = Types::Hidden("no".to_owned()));
+    // Only an array that differs alone is named for itself.
+    gives(Level::Red, check, "public.mood[]", |f| types(&mut f.target)[1].oid = 30_000);
+    assert_eq!(with(|f| types(&mut f.target).push(kind("more", Kind::Enum, 31_000, "enum {}"))), []);
+    // A multirange comes with its range from 14 on, used or not.
+    let multirange = kind("spans", Kind::Multirange, 32_000, "multirange");
+    gives(Level::Red, check, "public.spans", |f| types(&mut f.source).push(multirange.clone()));
+    gives(Level::Yellow, check, "public.spans", |f| {
+        types(&mut f.source).push(multirange.clone());
+        f.target.identity.version_num = 130_023;
+    });
+}
+
+#[test]
+fn types_of_other_numbers_are_red_until_accepted_and_name_the_drivers() {
+    let driver = |kind_of: Kind, word: &str, accepted: OidChange| {
+        let found = with(|f| {
+            types(&mut f.source).push(kind("thing", kind_of, 40_000, "same"));
+            types(&mut f.target).push(kind("thing", kind_of, 40_001, "same"));
+            f.limits.oid_change = accepted;
+        });
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].object.contains("public.thing") && !found[0].fix.is_empty(), "{found:?}");
+        assert!(found[0].problem.contains(word) && found[0].problem.ends_with("connected now: shop"), "{found:?}");
+        found[0].level
+    };
+    for (kind, word) in [
+        (Kind::Composite, "OutdatedSchemaCacheError"),
+        (Kind::Enum, "not asyncpg"),
+        (Kind::Domain, "by hand"),
+        (Kind::Base, "by hand"),
+    ] {
+        assert_eq!(driver(kind, word, OidChange::Refused), Level::Red);
+        assert_eq!(driver(kind, word, OidChange::Accepted), Level::Yellow);
+    }
+}
+
+#[test]
+fn a_number_of_two_types_is_red_whatever_is_accepted() {
+    let found = with(|f| {
+        f.limits.oid_change = OidChange::Accepted;
+        types(&mut f.target)[0].oid = 20_001;
+        types(&mut f.target).push(kind("other", Kind::Composite, 20_000, "composite {}"));
+    });
+    let red: Vec<&Finding> = found.iter().filter(|f| f.level == Level::Red).collect();
+    assert_eq!(red.len(), 1, "{found:?}");
+    assert!(red[0].problem.contains("20000 is public.mood here and public.other there"), "{found:?}");
+    // Its own array's number counts as another type too.
+    let found = with(|f| {
+        f.limits.oid_change = OidChange::Accepted;
+        types(&mut f.target)[0].oid = 20_002;
+        types(&mut f.target)[1].oid = 20_000;
+    });
+    assert!(found.iter().any(|f| f.level == Level::Red && f.problem.contains("public.mood[] there")), "{found:?}");
 }
 
 #[test]
