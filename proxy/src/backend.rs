@@ -19,8 +19,9 @@ use tokio::time::{Instant, timeout_at};
 use crate::frame;
 use crate::message::{self, CancelKey, Malformed, Pair, Status};
 use crate::report::{Blame, SqlState};
+use crate::resolver::Name;
 use crate::scram::{self, Keys};
-use crate::stream::Stream;
+use crate::stream::{Peer, Stream};
 use crate::tls::Connector;
 
 pub(crate) use login::{md5_hex, md5_stored};
@@ -43,6 +44,9 @@ pub struct Address {
     pub host: Box<str>,
     /// TCP port, or the socket's number.
     pub port: u16,
+    /// The host's present answer, shared by all who connect there; `None` where `host` needs none, or is resolved at
+    /// each attempt.
+    pub name: Option<Arc<Name>>,
     /// The database's name on that server.
     pub dbname: Box<[u8]>,
     /// sslmode and roots.
@@ -294,7 +298,16 @@ impl From<WireError> for ConnectError {
 /// [`ConnectError`]; nothing is left open.
 pub async fn connect(address: &Address, login: &Login, deadline: Instant) -> Result<ServerConnection, ConnectError> {
     // Boxed: the future is large, and waits inside others that are many.
-    match timeout_at(deadline, Box::pin(login::enter(address, login))).await {
+    let entering = async {
+        // Ended by an answer of the host's name that stays while we log in, or by the deadline.
+        loop {
+            let connection = login::enter(address, login).await?;
+            if connection.is_where_its_name_is(address) {
+                return Ok(connection);
+            }
+        }
+    };
+    match timeout_at(deadline, Box::pin(entering)).await {
         Ok(entered) => entered,
         Err(_) => Err(ConnectError::new(ConnectFailure::Timeout, "no connection in time (server_connect_timeout)")),
     }
@@ -322,6 +335,14 @@ impl ServerConnection {
             opened_at: Instant::now(),
             input: BytesMut::new(),
             output: BytesMut::new(),
+        }
+    }
+
+    /// Whether the host's name still has the answer by which this connection was made.
+    fn is_where_its_name_is(&self, address: &Address) -> bool {
+        match (&address.name, self.stream.peer()) {
+            (Some(name), Ok(Peer::Tcp(peer))) => name.is_at(peer),
+            (Some(_), Ok(Peer::Unix { uid: _ }) | Err(_)) | (None, _) => true,
         }
     }
 

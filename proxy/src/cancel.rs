@@ -124,6 +124,7 @@ async fn forward(peer: &Peer, key: CancelKey) {
     let address = Address {
         host: peer.host.as_str().into(),
         port: peer.port,
+        name: None,
         dbname: Box::default(),
         tls: Connector::disabled(),
         cleartext: Cleartext::Protected,

@@ -164,6 +164,10 @@ pub struct General {
     pub server_idle_timeout: Duration,
     /// Older server connections are closed at rest; zero = never.
     pub server_lifetime: Duration,
+    /// How long an answer for a backend's host name is good; it is looked up again in the background.
+    pub dns_max_ttl: Duration,
+    /// How soon a failed lookup is repeated.
+    pub dns_nxdomain_ttl: Duration,
     /// Sent to a session-pooled server connection when its client leaves.
     pub server_reset_query: String,
     /// TLS towards clients.
@@ -469,6 +473,8 @@ fn general(raw: raw::General, directory: &Path) -> General {
         server_login_retry: seconds(raw.server_login_retry, 1),
         server_idle_timeout: seconds(raw.server_idle_timeout, 600),
         server_lifetime: seconds(raw.server_lifetime, 3600),
+        dns_max_ttl: seconds(raw.dns_max_ttl, 15),
+        dns_nxdomain_ttl: seconds(raw.dns_nxdomain_ttl, 15),
         server_reset_query: raw.server_reset_query.unwrap_or_else(|| "DISCARD ALL".to_owned()),
         client_tls_sslmode: raw.client_tls_sslmode.unwrap_or(ClientTls::Disable),
         client_tls_key_file: file(raw.client_tls_key_file),

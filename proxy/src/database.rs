@@ -5,6 +5,7 @@
 
 mod blockers;
 mod link;
+mod names;
 mod pause;
 mod refusal;
 mod reload;
@@ -36,6 +37,9 @@ use crate::gate::Gate;
 use crate::metrics::Events;
 use crate::parameters::Reported;
 use crate::pool::{Pool, Site};
+use crate::resolver::Name as HostName;
+use crate::resolver::Registry;
+use crate::resolver::Resolver;
 use crate::route;
 use crate::route::{Active, Durable, Endpoint, Route};
 use crate::tls::{Connector, RootCert};
@@ -60,6 +64,8 @@ pub struct Process {
     pub events: Arc<Events>,
     /// Every client.
     pub clients: Arc<Clients>,
+    /// Where answers for host names come from.
+    pub resolver: Resolver,
     /// Server connections per user over all databases.
     pub user_connections: Arc<Mutex<UserConnections>>,
     /// This instance's name in the decision stores.
@@ -83,6 +89,8 @@ pub struct Database {
     /// Gate, route, and what the pools share.
     pub site: Arc<Site>,
     process: Process,
+    /// What the host names of its backends have in common.
+    registry: Registry,
     name: Option<Name>,
     declared: ArcSwap<BTreeMap<String, Declared>>,
     pools: Mutex<BTreeMap<Box<[u8]>, Arc<Pool>>>,
@@ -110,7 +118,9 @@ impl Database {
         // Ends with the process, or before it when the database is removed.
         process.closing = process.closing.child_token();
         let settings = config.databases.get(name).ok_or("is not declared")?;
-        let declared = declare(settings)?;
+        let gate: Arc<Gate> = Arc::default();
+        let registry = Registry { resolver: process.resolver.clone(), gate: Arc::clone(&gate) as _, told: Arc::default() };
+        let declared = declare(settings, &registry, &BTreeMap::new())?;
         let file = route::file(&config.general.state_dir, name);
         let durable = route::load(&file).map_err(|error| error.to_string())?;
         let Durable { backend, epoch } =
@@ -129,7 +139,7 @@ impl Database {
         let site = Arc::new(Site {
             database: name.into(),
             route: Route::new(active, file),
-            gate: Arc::new(Gate::default()),
+            gate,
             config: Arc::clone(&process.config),
             tasks: process.tasks.clone(),
             ids: Arc::clone(&process.ids),
@@ -141,6 +151,7 @@ impl Database {
             site,
             name: Name::new(name).ok(),
             process,
+            registry,
             declared: ArcSwap::from_pointee(declared),
             pools: Mutex::default(),
             admits: AtomicBool::new(true),
@@ -232,12 +243,20 @@ impl Database {
     }
 }
 
-fn declare(settings: &config::Database) -> Result<BTreeMap<String, Declared>, String> {
+/// The declared backends. Whoever has the place of one `before` shares its answer.
+fn declare(
+    settings: &config::Database,
+    registry: &Registry,
+    before: &BTreeMap<String, Declared>,
+) -> Result<BTreeMap<String, Declared>, String> {
     settings
         .backends
         .iter()
         .map(|(name, backend)| {
-            let address = address(backend).map_err(|reason| format!("backends.{name}: {reason}"))?;
+            let present = before.get(name).and_then(|declared| declared.endpoint.address.name.clone());
+            let present = present.filter(|present| present.place() == (&*backend.host, backend.port));
+            let host = present.or_else(|| HostName::new(&backend.host, backend.port, registry));
+            let address = address(backend, host).map_err(|reason| format!("backends.{name}: {reason}"))?;
             let forced = backend.user.as_ref().map(|user| Login {
                 user: user.as_bytes().into(),
                 secret: password(backend.password.as_deref()),
@@ -249,7 +268,7 @@ fn declare(settings: &config::Database) -> Result<BTreeMap<String, Declared>, St
         .collect()
 }
 
-fn address(backend: &config::Backend) -> Result<Address, String> {
+fn address(backend: &config::Backend, name: Option<Arc<HostName>>) -> Result<Address, String> {
     let root = backend.sslrootcert.as_deref().map(|root| match root {
         "system" => RootCert::System,
         file => RootCert::File(file.into()),
@@ -257,6 +276,7 @@ fn address(backend: &config::Backend) -> Result<Address, String> {
     Ok(Address {
         host: backend.host.as_str().into(),
         port: backend.port,
+        name,
         dbname: backend.dbname.as_bytes().into(),
         tls: Connector::new(backend.sslmode, root.as_ref()).map_err(|error| error.to_string())?,
         cleartext: Cleartext::Protected,

@@ -24,6 +24,7 @@ pub mod gate;
 pub mod route;
 pub mod client;
 pub mod backend;
+pub mod resolver;
 pub mod parameters;
 pub mod relay;
 pub mod tracker;

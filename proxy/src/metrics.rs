@@ -333,6 +333,8 @@ pub struct Events {
     pub leases_ended: Counter,
     /// Switches that followed a decision the proxy found by itself.
     pub decisions_followed: Counter,
+    /// Changes of a host name's address in use.
+    pub names_moved: Counter,
     /// Route files that could not be written: the route is right now, and lost with the process.
     pub route_writes_failed: Counter,
     /// How long clients were held by a gate.
@@ -354,6 +356,7 @@ impl Events {
             (&names::SERVERS_LOST, &self.servers_lost),
             (&names::LEASES_ENDED, &self.leases_ended),
             (&names::DECISIONS_FOLLOWED, &self.decisions_followed),
+            (&names::NAMES_MOVED, &self.names_moved),
             (&names::ROUTE_WRITES_FAILED, &self.route_writes_failed),
         ];
         let readings = counters.into_iter().map(|(metric, counter)| Reading::new(metric).count(counter.read()));

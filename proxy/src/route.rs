@@ -35,7 +35,7 @@ pub struct Active {
     pub endpoint: Arc<Endpoint>,
     /// The epoch that made it active; zero before any cutover.
     pub epoch: Epoch,
-    /// Grows with every switch, RECONNECT and change of address: connections of an older generation are retired.
+    /// Grows with every switch, RECONNECT and change of address, ordered or not: connections of an older generation are retired.
     pub generation: u64,
 }
 
@@ -149,20 +149,33 @@ impl Route {
     /// The switch has happened all the same: a file that can't be written is an alarm, it does not stop a decided
     /// switch. After a restart the decision store says where traffic belongs.
     pub fn switch(&self, backend: &str, endpoint: Arc<Endpoint>, epoch: Epoch) -> Result<(), RouteError> {
-        let generation = self.generation() + 1;
-        self.active.store(Arc::new(Active { backend: backend.into(), endpoint, epoch, generation }));
+        self.active.rcu(|active| Active {
+            backend: backend.into(),
+            endpoint: Arc::clone(&endpoint),
+            epoch,
+            generation: active.generation + 1,
+        });
         store(&self.file, &Durable { backend: backend.to_owned(), epoch })
     }
 
     /// Retires the present connections: their backend stays, at a possibly new address.
     pub fn renew(&self, endpoint: Arc<Endpoint>) {
-        let active = self.active.load();
-        self.active.store(Arc::new(Active {
+        self.active.rcu(|active| Active {
             backend: active.backend.clone(),
-            endpoint,
+            endpoint: Arc::clone(&endpoint),
             epoch: active.epoch,
             generation: active.generation + 1,
-        }));
+        });
+    }
+
+    /// Retires the present connections if that backend is active; whether it is.
+    pub fn retire(&self, backend: &str) -> bool {
+        // Beside a switch: either it comes first, and nothing happens here, or its own generation is yet newer.
+        let former = self.active.rcu(|active| {
+            let generation = active.generation + u64::from(*active.backend == *backend);
+            Active { generation, ..Active::clone(active) }
+        });
+        *former.backend == *backend
     }
 }
 

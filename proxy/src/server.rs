@@ -30,6 +30,7 @@ use crate::database;
 use crate::database::{Database, Process};
 use crate::http;
 use crate::metrics::Book;
+use crate::resolver::Resolver;
 
 use admin::{Operator, Page};
 use worker::Workers;
@@ -159,6 +160,7 @@ fn door(config: Config, workers: usize) -> anyhow::Result<Arc<Door>> {
         ids: Arc::new(AtomicU64::new(1)),
         events: Arc::default(),
         clients: Arc::new(Clients::default()),
+        resolver: Resolver::system(),
         user_connections: Arc::default(),
         instance: instance.into(),
         address: Arc::new(Mutex::new(String::new())),

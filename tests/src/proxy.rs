@@ -36,6 +36,8 @@ pub struct ProxyOptions {
     pub config: Table,
     /// Lines of the user file.
     pub users: Vec<String>,
+    /// Stands in for /etc/hosts, for this proxy alone; needs [`own_hosts_file_is_possible`].
+    pub hosts: Option<PathBuf>,
     dir: PathBuf,
     port: Port,
     http_port: Port,
@@ -67,7 +69,7 @@ impl ProxyOptions {
         let users = [ADMIN, STATS].map(|user| format!("\"{user}\" \"{}\"", password(user)));
         let mut config = Table::new();
         config.insert("pgcutover".to_owned(), Value::Table(settings(&name, &dir, [&port, &http_port])));
-        let mut options = ProxyOptions { name, config, users: users.into(), dir, port, http_port };
+        let mut options = ProxyOptions { name, config, users: users.into(), hosts: None, dir, port, http_port };
         options.setting("peer_id", i64::from(peer_id));
         let database = options.database(DATABASE);
         database.insert("active".to_owned(), backends.first().context("no backend")?.0.into());
@@ -128,6 +130,19 @@ fn table<'a>(parent: &'a mut Table, name: &str) -> &'a mut Table {
     entry.as_table_mut().unwrap_or_else(|| unreachable!("made a table above"))
 }
 
+/// Runs a program in a mount namespace of its own, where `hosts` lies over /etc/hosts. It keeps the process' id.
+fn with_own_hosts_file(hosts: &Path, program: &Path) -> Command {
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", "mount --bind \"$0\" /etc/hosts && exec \"$@\""]).arg(hosts).arg(program);
+    command
+}
+
+/// Whether a proxy can be given a hosts file: that takes root.
+pub fn own_hosts_file_is_possible() -> bool {
+    let tried = with_own_hosts_file(Path::new("/etc/hosts"), Path::new("true")).output();
+    tried.is_ok_and(|tried| tried.status.success())
+}
+
 /// A running proxy.
 #[derive(Debug)]
 pub struct Proxy {
@@ -171,7 +186,10 @@ impl Proxy {
     /// It does not start: the message carries its log.
     pub async fn restart(&mut self) -> Result<()> {
         self.process = None;
-        let mut command = Command::new(&self.program);
+        let mut command = match &self.options.hosts {
+            None => Command::new(&self.program),
+            Some(hosts) => with_own_hosts_file(hosts, &self.program),
+        };
         command.arg(self.config_file()).current_dir(&self.options.dir);
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
         let log = self.log();

@@ -10,11 +10,15 @@ use tokio::net::{TcpStream, UnixStream, lookup_host};
 use crate::backend::{Address, BackendKey, ConnectError, ConnectFailure};
 use crate::config::SslMode;
 use crate::message;
+use crate::resolver::Name;
 use crate::stream::{Keepalive, Stream};
 use crate::tls::TlsError;
 
 /// A server that lost power or its network is noticed within a minute; shorter would cost idle pools traffic.
 const KEEPALIVE: Keepalive = Keepalive { idle: Duration::from_secs(30), interval: Duration::from_secs(10), probes: 3 };
+
+/// How long an address may be silent while there is another one to try: a lost SYN is repeated after one second.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Whether a connection attempt asks for TLS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,9 +48,10 @@ pub(super) async fn open(address: &Address, at: Option<SocketAddr>, attempt: Att
         let unix = UnixStream::connect(&path).await;
         return unix.map(Stream::Unix).map_err(|e| network(&path, &e));
     }
-    let tcp = match at {
-        Some(at) => TcpStream::connect(at).await.map_err(|e| network(at, &e))?,
-        None => resolve(address).await?,
+    let tcp = match (at, &address.name) {
+        (Some(at), _) => TcpStream::connect(at).await.map_err(|e| network(at, &e))?,
+        (None, Some(name)) => reach(name).await?,
+        (None, None) => resolve(address).await?,
     };
     let place = tcp.peer_addr().map_err(|e| network(&address.host, &e))?;
     let stream = match attempt {
@@ -57,15 +62,35 @@ pub(super) async fn open(address: &Address, at: Option<SocketAddr>, attempt: Att
     Ok(stream)
 }
 
+/// Connects to where the name's answer points, or to the next address of the same answer if nobody answers there.
+async fn reach(name: &Name) -> Result<TcpStream, ConnectError> {
+    let host = name.place().0;
+    // Ended by an answer that stays while we connect, or by the caller's deadline.
+    loop {
+        let candidates = name.candidates().await.map_err(|e| network(host, &e))?;
+        let (tcp, at) = first_that_answers(host, &candidates).await?;
+        if candidates.first().is_some_and(|first| name.settle(at, *first)) {
+            return Ok(tcp);
+        }
+    }
+}
+
 /// Resolves the name once and takes the first of its addresses that answers.
 async fn resolve(address: &Address) -> Result<TcpStream, ConnectError> {
     let host = &*address.host;
-    let found = lookup_host((host, address.port)).await.map_err(|e| network(host, &e))?;
+    let found: Vec<_> = lookup_host((host, address.port)).await.map_err(|e| network(host, &e))?.collect();
+    Ok(first_that_answers(host, &found).await?.0)
+}
+
+async fn first_that_answers(host: &str, all: &[SocketAddr]) -> Result<(TcpStream, SocketAddr), ConnectError> {
     let mut failed = ConnectError::new(ConnectFailure::Network, format!("{host}: the name has no address"));
-    for at in found {
-        match TcpStream::connect(at).await {
-            Ok(tcp) => return Ok(tcp),
-            Err(error) => failed = network(at, &error),
+    for (index, at) in all.iter().enumerate() {
+        // The last one may take all the time that there is.
+        let patience = if index + 1 < all.len() { PATIENCE } else { Duration::MAX };
+        match tokio::time::timeout(patience, TcpStream::connect(at)).await {
+            Ok(Ok(tcp)) => return Ok((tcp, *at)),
+            Ok(Err(error)) => failed = network(at, &error),
+            Err(_) => failed = ConnectError::new(ConnectFailure::Network, format!("{at}: no answer in {PATIENCE:?}")),
         }
     }
     Err(failed)

@@ -47,6 +47,7 @@ async fn against<F: Future<Output = ()>>(
     let address = Address {
         host: "127.0.0.1".into(),
         port: listener.local_addr().unwrap().port(),
+        name: None,
         dbname: (*b"app").into(),
         tls: Connector::disabled(),
         cleartext: Cleartext::Protected,
@@ -242,6 +243,7 @@ async fn a_server_that_never_answers_costs_the_deadline_and_not_more() {
     let address = Address {
         host: "127.0.0.1".into(),
         port: listener.local_addr().unwrap().port(),
+        name: None,
         dbname: (*b"app").into(),
         tls: Connector::disabled(),
         cleartext: Cleartext::Protected,

@@ -50,6 +50,8 @@ pub(super) struct General {
     pub(super) server_login_retry: Option<Span>,
     pub(super) server_idle_timeout: Option<Span>,
     pub(super) server_lifetime: Option<Span>,
+    pub(super) dns_max_ttl: Option<Span>,
+    pub(super) dns_nxdomain_ttl: Option<Span>,
     pub(super) server_reset_query: Option<String>,
     pub(super) client_tls_sslmode: Option<ClientTls>,
     pub(super) client_tls_key_file: Option<PathBuf>,

@@ -89,11 +89,16 @@ impl Database {
         self.run(backend, &store::enroll(self.route_name()?, member)).await.map(drop)
     }
 
-    /// Asks a backend who it is, and remembers it.
+    /// Asks a backend who it is, and remembers it. Of the source of an epoch pause what was known when it was paused
+    /// is kept (R14): another server in its place stays another one, however often it is asked.
     pub(super) async fn identify(&self, backend: &str) -> Result<Identity, Silence> {
         let row = self.ask::<4>(backend, store::IDENTITY).await?;
         let identity = Identity::decode(&texts(&row))?;
-        lock(&self.identities).insert(backend.to_owned(), identity.clone());
+        let mut identities = lock(&self.identities);
+        let paused = self.site.gate.pause().and_then(|pause| pause.epoch).is_some_and(|epoch| epoch.source == backend);
+        if !paused || !identities.contains_key(backend) {
+            identities.insert(backend.to_owned(), identity.clone());
+        }
         Ok(identity)
     }
 

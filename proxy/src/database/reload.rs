@@ -70,9 +70,9 @@ impl Database {
     /// # Errors
     /// The reason.
     pub async fn consider(&self, settings: &config::Database) -> Result<Change<'_>, String> {
-        let declared = declare(settings)?;
         // Ended by whoever moves the route: those have deadlines.
         let alone = self.moving.lock().await;
+        let declared = declare(settings, &self.registry, &self.declared.load())?;
         let active = self.site.route.active();
         let now = declared
             .get(&*active.backend)

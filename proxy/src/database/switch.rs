@@ -196,7 +196,11 @@ impl Database {
         let claim = Claim { run: commit.run, epoch: commit.epoch };
         let id = match self.site.gate.pause() {
             Some(pause) => Some(pause.id),
-            None => self.shut(self.own_hold(claim, &commit.target)).ok(),
+            None => {
+                // R14, for the end of the hold's lease; a source that is silent now is not asked then either.
+                let _ = self.identify(&self.site.route.active().backend).await;
+                self.shut(self.own_hold(claim, &commit.target)).ok()
+            }
         };
         self.kept_clients().iter().for_each(|client| client.order(Order::Leave));
         let Some(id) = id else { return };

@@ -30,6 +30,7 @@ pub async fn watch(database: Arc<Database>) {
     tokio::select! {
         () = closing.cancelled() => {}
         () = database.watch_forever() => {}
+        () = database.keep_names() => {}
     }
 }
 
@@ -79,6 +80,8 @@ impl Database {
             Verdict::Hold(open) => {
                 let claim = Claim { run: open.run, epoch: open.epoch };
                 tracing::warn!(database = %self.name(), %claim, "an epoch is open that nobody told us of: holding");
+                // R14, for the end of the hold's lease.
+                let _ = self.identify(&active.backend).await;
                 // Paused by an admin already: held all the same, and the next look tries again.
                 let _ = self.shut(self.own_hold(claim, &open.target));
             }

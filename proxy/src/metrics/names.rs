@@ -90,6 +90,7 @@ metrics! {
     SERVERS_LOST = Counter "servers_lost_total", "Server connections that broke while a client had them.";
     LEASES_ENDED = Counter "leases_ended_total", "Pauses whose lease ended.";
     DECISIONS_FOLLOWED = Counter "decisions_followed_total", "Switches that followed a decision found by the proxy itself.";
+    NAMES_MOVED = Counter "names_moved_total", "Backends whose host name got another address: moves that nobody ordered.";
     ROUTE_WRITES_FAILED = Counter "route_writes_failed_total", "Route files that could not be written: alarm, the route would be lost with the process.";
 
     HELD_BUCKET = Counter "held_microseconds_bucket", "Clients by how long a gate held them, in microseconds, up to le.";

@@ -231,8 +231,7 @@ impl Admin for Operator {
     }
 
     async fn dns_hosts(&self) -> Vec<DnsRow> {
-        // Names are resolved by the system, which does not tell.
-        Vec::new()
+        rows::hosts(&rows::all(&self.door), &self.door.process.config.load())
     }
 
     async fn peers(&self) -> Vec<Peer> {

@@ -18,7 +18,7 @@ use crate::config;
 use crate::config::{Backend, Config};
 use crate::connection::Door;
 use crate::console::{
-    Census, ClientState, DatabaseRow, Forwards, Peer, PoolRow, ServerState, SocketRow, SocketState, UserRow,
+    Census, ClientState, DatabaseRow, DnsRow, Forwards, Peer, PoolRow, ServerState, SocketRow, SocketState, UserRow,
 };
 use crate::database::{Blocker, Database, Switched, SwitchedBy};
 use crate::parameters;
@@ -203,9 +203,20 @@ pub(super) fn census(door: &Door) -> Census {
         used_clients: inside,
         login_clients: door.logging_in.load(Ordering::Relaxed),
         used_servers: databases.iter().map(|database| database.site.connections.load(Ordering::Relaxed)).sum(),
-        dns_names: 0, // The system's resolver keeps the names.
-        dns_pending: 0,
+        dns_names: count(hosts(&databases, &config).iter().map(|host| &host.hostname).collect::<BTreeSet<_>>().len()),
+        dns_pending: count(databases.iter().map(|database| database.lookups_pending()).sum()),
     }
+}
+
+/// Answers for host names: one row each. Databases that share a name share the row while they have the same answer.
+pub(super) fn hosts(databases: &[Arc<Database>], config: &Config) -> Vec<DnsRow> {
+    let mut rows: BTreeMap<(String, String), u64> = BTreeMap::new();
+    for known in databases.iter().flat_map(|database| database.known_names(config)) {
+        let addrs: Vec<String> = known.addresses.iter().map(|address| address.ip().to_string()).collect();
+        let ttl_s = rows.entry((known.host.to_string(), addrs.join(","))).or_insert(u64::MAX);
+        *ttl_s = known.left.as_secs().min(*ttl_s);
+    }
+    rows.into_iter().map(|((hostname, addrs), ttl_s)| DnsRow { hostname, ttl_s, addrs }).collect()
 }
 
 pub(super) fn peers(config: &Config) -> Vec<Peer> {

@@ -78,6 +78,8 @@ settings! {
     server_login_retry: seconds, set duration;
     server_idle_timeout: seconds, set duration;
     server_lifetime: seconds, set duration;
+    dns_max_ttl: seconds, set duration;
+    dns_nxdomain_ttl: seconds, set duration;
     server_reset_query: plain, set words;
     client_tls_sslmode: client_tls, reload;
     client_tls_key_file: file, reload;

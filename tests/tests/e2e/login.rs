@@ -73,6 +73,7 @@ impl Server {
         Address {
             host: host.into(),
             port: self.cluster.port(),
+            name: None,
             dbname: (*b"postgres").into(),
             tls: Connector::new(mode, root).unwrap(),
             cleartext: Cleartext::Protected,

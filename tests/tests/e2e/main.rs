@@ -41,3 +41,5 @@ mod process;
 mod switch;
 #[cfg(test)]
 mod watch;
+#[cfg(test)]
+mod names;
