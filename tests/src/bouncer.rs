@@ -6,11 +6,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 
+use crate::binaries::Network;
 use crate::client::Client;
-use crate::pair::{APP, DATABASE, OTHER, password};
+use crate::fetch::{apt_install, apt_update};
+use crate::pair::{APP, DATABASE, OTHER, PROXY, password};
 use crate::port::Port;
 use crate::process::Process;
 use crate::proxy::{ADMIN, STATS};
@@ -37,24 +39,49 @@ impl Bouncer {
         PLACES.iter().map(Path::new).find(|place| place.is_file())
     }
 
+    /// The program; as root it is installed from Debian's packages where it is missing and something may be fetched.
+    ///
+    /// # Errors
+    /// It is not there and can't or may not be installed; the message says what to install.
+    pub fn installed(network: Network) -> Result<&'static Path> {
+        let advice = "no pgbouncer: apt-get install -y --no-install-recommends pgbouncer";
+        if let Some(program) = Bouncer::program() {
+            return Ok(program);
+        }
+        if network == Network::Offline {
+            bail!("{advice} (fetching is forbidden: --offline or PGCUTOVER_OFFLINE)");
+        }
+        apt_update().and_then(|()| apt_install(&["pgbouncer"])).context(advice)?;
+        Bouncer::program().context(advice)
+    }
+
     /// Starts one in transaction pooling for the pair's database on `server_port`.
     ///
     /// # Errors
     /// It is not installed or does not start: the message carries its log.
     pub async fn start(server_port: u16, pool_size: u32) -> Result<Bouncer> {
+        Bouncer::with(server_port, &format!("pool_mode = transaction\ndefault_pool_size = {pool_size}\n")).await
+    }
+
+    /// Starts one with these lines of configuration for the pair's database on `server_port`.
+    ///
+    /// # Errors
+    /// As [`Bouncer::start`].
+    pub async fn with(server_port: u16, lines: &str) -> Result<Bouncer> {
         let program = Bouncer::program().context("no pgbouncer: apt-get install -y pgbouncer")?;
         let dir = RunDir::current()?.subdirectory("pgbouncer")?;
         let port = Port::reserve()?;
         let number = port.number();
-        let users: String = [APP, OTHER, ADMIN, STATS].map(|u| format!("\"{u}\" \"{}\"\n", password(u))).concat();
+        let users: String =
+            [APP, OTHER, PROXY, ADMIN, STATS].map(|u| format!("\"{u}\" \"{}\"\n", password(u))).concat();
         fs::write(dir.join("userlist.txt"), users)?;
         let path = dir.display();
         let settings = format!(
             "[databases]\n{DATABASE} = host=127.0.0.1 port={server_port}\n\
              [pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {number}\nunix_socket_dir =\n\
              auth_type = scram-sha-256\nauth_file = {path}/userlist.txt\nadmin_users = {ADMIN}\nstats_users = {STATS}\n\
-             pool_mode = transaction\ndefault_pool_size = {pool_size}\nmax_client_conn = 1000\n\
-             ignore_startup_parameters = extra_float_digits\nlog_connections = 0\nlog_disconnections = 0\n"
+             max_client_conn = 1000\n\
+             ignore_startup_parameters = extra_float_digits\nlog_connections = 0\nlog_disconnections = 0\n{lines}"
         );
         let file = dir.join("pgbouncer.ini");
         fs::write(&file, settings)?;

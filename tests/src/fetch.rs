@@ -59,14 +59,7 @@ pub(crate) fn fetched(cache: &Path) -> Vec<PathBuf> {
 /// # Errors
 /// The cache can't be written.
 pub(crate) fn fetch(cache: &Path, unmet: impl Fn() -> Unmet) -> Result<Vec<String>> {
-    fs::create_dir_all(cache).with_context(|| format!("creating the cache {}", cache.display()))?;
-    let lock = File::create(cache.join("fetch.lock"))?;
-    // Ended by the other process: a fetch is bounded by its client's own time limits, and the kernel frees the lock.
-    lock.lock()?;
-    for leftover in children(cache).filter(|path| path.to_string_lossy().ends_with(".partial")) {
-        // A client that outlived its harness may still write there; what can't be removed now is removed next time.
-        let _ = fs::remove_dir_all(leftover);
-    }
+    let _alone = alone(cache)?;
     let mut failures = Vec::new();
     for source in [Source::Npm, Source::Pip, Source::Apt] {
         let wanted = unmet();
@@ -78,6 +71,22 @@ pub(crate) fn fetch(cache: &Path, unmet: impl Fn() -> Unmet) -> Result<Vec<Strin
         }
     }
     Ok(failures)
+}
+
+/// Waits until no other process fetches and clears what a killed one left; holds the others off while it lives.
+///
+/// # Errors
+/// The cache can't be written.
+pub(crate) fn alone(cache: &Path) -> Result<File> {
+    fs::create_dir_all(cache).with_context(|| format!("creating the cache {}", cache.display()))?;
+    let lock = File::create(cache.join("fetch.lock"))?;
+    // Ended by the other process: a fetch is bounded by its client's own time limits, and the kernel frees the lock.
+    lock.lock()?;
+    for leftover in children(cache).filter(|path| path.to_string_lossy().ends_with(".partial")) {
+        // A client that outlived its harness may still write there; what can't be removed now is removed next time.
+        let _ = fs::remove_dir_all(leftover);
+    }
+    Ok(lock)
 }
 
 /// The entries of a directory; none if it can't be read.
@@ -141,14 +150,7 @@ fn pip(cache: &Path, wanted: &Unmet) -> Result<()> {
 
 /// Debian's packages, as root: a server of a wanted major, else pip for the versions that pip has.
 fn apt(cache: &Path, wanted: &Unmet) -> Result<()> {
-    if !nix::unistd::Uid::effective().is_root() {
-        bail!("needs root");
-    }
-    on_path("apt-get")?;
-    // A fresh container has no lists. If it fails, the lists that are there may do.
-    let mut update = Command::new("apt-get");
-    update.args(["update", "--quiet"]);
-    let _ = run(update);
+    apt_update()?;
     let mut failures = Vec::new();
     if let Unmet::Majors(majors) = wanted {
         for major in majors {
@@ -164,6 +166,22 @@ fn apt(cache: &Path, wanted: &Unmet) -> Result<()> {
     if failures.is_empty() { Ok(()) } else { bail!("{}", failures.join("; ")) }
 }
 
+/// Debian's lists as they are today.
+///
+/// # Errors
+/// Not root, or not Debian.
+pub(crate) fn apt_update() -> Result<()> {
+    if !nix::unistd::Uid::effective().is_root() {
+        bail!("needs root");
+    }
+    on_path("apt-get")?;
+    // A fresh container has no lists. If it fails, the lists that are there may do.
+    let mut update = Command::new("apt-get");
+    update.args(["update", "--quiet"]);
+    let _ = run(update);
+    Ok(())
+}
+
 fn apt_server(major: u32) -> Result<()> {
     // Debian would make and start a server on port 5432; we want the binaries only.
     let config = Path::new("/etc/postgresql-common/createcluster.conf");
@@ -174,7 +192,7 @@ fn apt_server(major: u32) -> Result<()> {
     apt_install(&[&format!("postgresql-{major}")])
 }
 
-fn apt_install(packages: &[&str]) -> Result<()> {
+pub(crate) fn apt_install(packages: &[&str]) -> Result<()> {
     say(format_args!("as root: apt-get install -y --no-install-recommends {}", packages.join(" ")));
     let mut command = Command::new("apt-get");
     command.args(["-o", "Dpkg::Options::=--force-confold", "install", "-y", "--no-install-recommends"]);
@@ -183,7 +201,7 @@ fn apt_install(packages: &[&str]) -> Result<()> {
 }
 
 /// Runs a package manager's client; its stdout is talk, so it goes nowhere unless it fails.
-fn run(mut command: Command) -> Result<()> {
+pub(crate) fn run(mut command: Command) -> Result<()> {
     let program = command.get_program().to_string_lossy().into_owned();
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("{program} can't be started"))?;
     if !output.status.success() {
@@ -194,7 +212,7 @@ fn run(mut command: Command) -> Result<()> {
     Ok(())
 }
 
-fn on_path(program: &str) -> Result<()> {
+pub(crate) fn on_path(program: &str) -> Result<()> {
     let directories = env::var_os("PATH").unwrap_or_default();
     if env::split_paths(&directories).any(|directory| directory.join(program).is_file()) {
         return Ok(());
@@ -203,13 +221,13 @@ fn on_path(program: &str) -> Result<()> {
 }
 
 /// A directory that nobody else writes into.
-fn partial(cache: &Path) -> Result<PathBuf> {
+pub(crate) fn partial(cache: &Path) -> Result<PathBuf> {
     let path = cache.join(format!("{}.partial", uuid::Uuid::new_v4()));
     fs::create_dir(&path).with_context(|| format!("creating {}", path.display()))?;
     Ok(path)
 }
 
-fn on_known_machine() -> Result<()> {
+pub(crate) fn on_known_machine() -> Result<()> {
     if env::consts::OS == "linux" && env::consts::ARCH == "x86_64" {
         return Ok(());
     }
@@ -236,7 +254,7 @@ fn link_libraries(package: &Path) -> Result<()> {
 }
 
 /// Readable by everybody whatever the umask, then under its final name in one step.
-fn finish(partial: &Path, complete: &Path) -> Result<()> {
+pub(crate) fn finish(partial: &Path, complete: &Path) -> Result<()> {
     let mut command = Command::new("chmod");
     command.args(["-R", "a+rX"]).arg(partial);
     run(command)?;
@@ -255,6 +273,6 @@ fn pip_dir(cache: &Path) -> PathBuf {
 }
 
 /// FNV-1a: a name for the pinned versions that stays the same over releases of the compiler.
-fn fingerprint(text: &str) -> u64 {
+pub(crate) fn fingerprint(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }

@@ -27,6 +27,7 @@ pub mod pair;
 pub mod cluster;
 pub mod tls;
 pub mod client;
+pub mod drivers;
 pub mod binaries;
 mod fetch;
 pub mod process;

@@ -36,6 +36,10 @@ mod bad_input;
 #[cfg(test)]
 mod console;
 #[cfg(test)]
+mod exporter;
+#[cfg(test)]
+mod bouncer;
+#[cfg(test)]
 mod process;
 #[cfg(test)]
 mod switch;
