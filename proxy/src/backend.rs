@@ -358,11 +358,16 @@ impl ServerConnection {
         self.parameters.iter().find(|(n, _)| **n == *name).map(|(_, value)| &**value)
     }
 
-    /// Says goodbye, so that the server does not log a lost connection. Whatever fails, the socket is closed then.
+    /// Says goodbye, so that the server does not log a lost connection, and waits for its end of the session until the
+    /// deadline. Whatever fails, the socket is closed then.
     pub async fn terminate(mut self, deadline: Instant) {
         let goodbye = async {
             self.stream.write_all(b"X\0\0\0\x04").await?;
-            self.stream.shutdown().await
+            self.stream.shutdown().await?;
+            // It closes its end once the session is gone: only then does it count no connection any more.
+            let mut rest = [0; 512];
+            while self.stream.read(&mut rest).await? > 0 {}
+            std::io::Result::Ok(())
         };
         // Neither a lost connection nor a late one matters any more.
         let _ = timeout_at(deadline, goodbye).await;

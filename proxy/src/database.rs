@@ -20,7 +20,7 @@ pub use switch::{Switched, SwitchedBy};
 pub use watch::watch;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
@@ -36,7 +36,7 @@ use crate::config::Config;
 use crate::gate::Gate;
 use crate::metrics::Events;
 use crate::parameters::Reported;
-use crate::pool::{Pool, Site};
+use crate::pool::{Pool, Site, Tally};
 use crate::resolver::Name as HostName;
 use crate::resolver::Registry;
 use crate::resolver::Resolver;
@@ -75,7 +75,7 @@ pub struct Process {
 }
 
 /// Open connections by user.
-pub type UserConnections = BTreeMap<Box<[u8]>, Arc<AtomicU32>>;
+pub type UserConnections = BTreeMap<Box<[u8]>, Arc<Tally>>;
 
 /// A declared backend with its parsed address.
 #[derive(Clone)]

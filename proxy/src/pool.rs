@@ -5,9 +5,11 @@
 //! waiter on the releasing worker may overtake a bounded number of tickets, which saves a wake-up across threads.
 
 mod connection;
+mod limits;
 mod prewarm;
 
 pub use connection::{Place, Pooled};
+pub use limits::Tally;
 pub use prewarm::{Prewarmed, Verdict};
 
 use std::collections::{BTreeMap, VecDeque};
@@ -34,15 +36,8 @@ use crate::tracker::Tracker;
 /// How many tickets a waiter on the releasing worker may overtake, as a multiple of the pool's size.
 const OVERTAKE_POOL_SIZES: u64 = 4;
 
-/// Connections that one pool opens at a time: enough that twenty logins of 5 ms take 15 ms, few enough that a server
-/// that forks a process for each is not knocked over.
-const OPENING_MAX: u32 = 8;
-
 /// Where housekeeping runs.
 const MAIN_THREAD: usize = 0;
-
-/// How long a closed connection may take to say goodbye.
-const GOODBYE: Duration = Duration::from_secs(1);
 
 /// What all pools of one database share.
 pub struct Site {
@@ -60,8 +55,8 @@ pub struct Site {
     pub ids: Arc<AtomicU64>,
     /// What happened, for the exporter.
     pub events: Arc<Events>,
-    /// Server connections of the database.
-    pub connections: Arc<AtomicU32>,
+    /// Server connections of the database, over all its pools.
+    pub connections: Arc<Tally>,
     /// Every server connection, for SHOW SERVERS.
     pub servers: Mutex<BTreeMap<u64, Weak<Server>>>,
 }
@@ -95,9 +90,11 @@ pub struct Pool {
     /// Connections of this pool: open or being opened.
     open: Arc<AtomicU32>,
     /// Connections of this user over all databases.
-    user_open: Arc<AtomicU32>,
+    user_open: Arc<Tally>,
     /// Connections being opened.
     opening: AtomicU32,
+    /// Connections of other pools that are being closed for ours.
+    coming: AtomicU32,
     /// What servers told the last connection at its start: the welcome of clients that log in.
     welcome: ArcSwap<Option<Arc<Reported>>>,
 }
@@ -148,8 +145,8 @@ pub enum NoServer {
 impl Pool {
     /// An empty pool.
     #[must_use]
-    pub fn new(site: Arc<Site>, user: &[u8], user_open: Arc<AtomicU32>, login: Login) -> Arc<Self> {
-        Arc::new(Self {
+    pub fn new(site: Arc<Site>, user: &[u8], user_open: Arc<Tally>, login: Login) -> Arc<Self> {
+        let pool = Arc::new(Self {
             site,
             user: user.into(),
             login: Mutex::new(login),
@@ -157,8 +154,12 @@ impl Pool {
             open: Arc::default(),
             user_open,
             opening: AtomicU32::new(0),
+            coming: AtomicU32::new(0),
             welcome: ArcSwap::from_pointee(None),
-        })
+        });
+        pool.site.connections.enrol(&pool);
+        pool.user_open.enrol(&pool);
+        pool
     }
 
     /// The newest secret of the user: a changed password reaches the servers with the next login.
@@ -213,6 +214,11 @@ impl Pool {
         if self.site.gate.is_shut() {
             self.send_back_waiters();
         }
+        // One may have come to rest after we looked and before we stood in the queue: nobody else would hand it over.
+        let stray = self.lock().idle.pop();
+        if let Some(pooled) = stray {
+            self.put(pooled);
+        }
         self.open_more(worker);
         let mut waiting = Waiting { pool: self, hold };
         let timeout = self.site.config.load().general.query_wait_timeout;
@@ -244,38 +250,6 @@ impl Pool {
         drop(waiters);
     }
 
-    /// Opens connections while there are waiters without one under way and places are left.
-    fn open_more(self: &Arc<Self>, worker: usize) {
-        loop {
-            let inner = self.lock();
-            let waiting = u32::try_from(inner.waiters.len()).unwrap_or(u32::MAX);
-            let opening = self.opening.load(Ordering::Acquire);
-            if opening >= waiting.min(OPENING_MAX) {
-                return;
-            }
-            let Some(place) = self.place() else { return };
-            self.opening.fetch_add(1, Ordering::AcqRel);
-            let rest = inner.failed_at.map(|at| at + self.site.config.load().general.server_login_retry);
-            drop(inner);
-            let opener = Opener { pool: Arc::clone(self) };
-            self.site.tasks.spawn(opener.run(place, worker, rest));
-        }
-    }
-
-    fn place(&self) -> Option<Place> {
-        let config = self.site.config.load();
-        let user = String::from_utf8_lossy(&self.user);
-        let database = &self.site.database;
-        let database_limit = config.databases.get(&**database).and_then(|d| d.max_db_connections);
-        let user_limit = config.users.get(&*user).and_then(|u| u.max_user_connections);
-        let limits = [
-            config.pool_size(database, &user),
-            database_limit.unwrap_or(config.general.max_db_connections),
-            user_limit.unwrap_or(config.general.max_user_connections),
-        ];
-        Place::take([&self.open, &self.site.connections, &self.user_open], limits)
-    }
-
     /// Gives a connection at rest to the next waiter, or keeps it.
     fn put(self: &Arc<Self>, mut pooled: Box<Pooled>) {
         if self.is_outdated(&pooled) {
@@ -285,8 +259,15 @@ impl Pool {
         let mut inner = self.lock();
         loop {
             let Some(head) = inner.waiters.front() else {
-                inner.idle.push(pooled);
-                return;
+                if !self.is_contested() {
+                    inner.idle.push(pooled);
+                    return;
+                }
+                drop(inner);
+                let Some(back) = self.yield_to_starving(pooled) else { return };
+                pooled = back;
+                inner = self.lock();
+                continue;
             };
             let bound = head.ticket + OVERTAKE_POOL_SIZES * size;
             let home = pooled.home;
@@ -303,19 +284,6 @@ impl Pool {
         let lifetime = self.site.config.load().general.server_lifetime;
         pooled.generation != self.site.route.generation()
             || (!lifetime.is_zero() && pooled.server.opened_at.elapsed() > lifetime)
-    }
-
-    /// Closes a connection with a goodbye, in the background; it counts as no failure. Only then is its place free for
-    /// those who wait.
-    fn dismiss(self: &Arc<Self>, pooled: Box<Pooled>) {
-        let pool = Arc::clone(self);
-        self.site.tasks.spawn(async move {
-            let deadline = tokio::time::Instant::now() + GOODBYE;
-            let Pooled { server, place, home, .. } = *pooled;
-            server.terminate(deadline).await;
-            drop(place);
-            pool.open_more(home);
-        });
     }
 
     /// Closes connections at rest that are outdated or unused for too long; opens up to `min_pool_size`.
@@ -338,22 +306,7 @@ impl Pool {
         // Another pool of the database or of the user may have freed a place that somebody here waits for.
         self.open_more(MAIN_THREAD);
         if !self.site.gate.is_shut() {
-            self.open_spare(floor);
-        }
-    }
-
-    /// Opens connections that nobody waits for, up to `min_pool_size`.
-    fn open_spare(self: &Arc<Self>, floor: usize) {
-        while usize::try_from(self.open.load(Ordering::Relaxed)).is_ok_and(|open| open < floor) {
-            let failed_at = self.lock().failed_at;
-            let retry = self.site.config.load().general.server_login_retry;
-            if failed_at.is_some_and(|at| at.elapsed() < retry) {
-                return;
-            }
-            let Some(place) = self.place() else { return };
-            self.opening.fetch_add(1, Ordering::AcqRel);
-            let opener = Opener { pool: Arc::clone(self) };
-            self.site.tasks.spawn(opener.run(place, MAIN_THREAD, None));
+            self.open_spare(floor, MAIN_THREAD);
         }
     }
 
@@ -471,6 +424,8 @@ impl Opener {
         let pool = Arc::clone(&self.pool);
         drop(self);
         pool.open_more(worker);
+        // A failed attempt has freed its place.
+        pool.feed_starving(worker);
     }
 }
 

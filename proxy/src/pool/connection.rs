@@ -37,18 +37,18 @@ impl Place {
         Self { counts: Some(counts.map(Arc::clone)) }
     }
 
-    /// Takes a place unless one of the limits is reached; a limit of 0 is none.
-    pub(super) fn take(counts: [&Arc<AtomicU32>; 3], limits: [u32; 3]) -> Option<Self> {
+    /// Takes a place unless one of the limits is reached, which the error names; a limit of 0 is none.
+    pub(super) fn take(counts: [&Arc<AtomicU32>; 3], limits: [u32; 3]) -> Result<Self, usize> {
         for (taken, (count, limit)) in counts.iter().zip(limits).enumerate() {
             let fits = |now: u32| (limit == 0 || now < limit).then_some(now + 1);
             if count.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits).is_err() {
                 counts[..taken].iter().for_each(|count| {
                     count.fetch_sub(1, Ordering::AcqRel);
                 });
-                return None;
+                return Err(taken);
             }
         }
-        Some(Self::taken(counts))
+        Ok(Self::taken(counts))
     }
 }
 

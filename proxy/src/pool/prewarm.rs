@@ -10,8 +10,9 @@ use futures_util::StreamExt;
 use futures_util::stream;
 
 use crate::backend::{ConnectError, ConnectFailure};
+use crate::pool::Pool;
 use crate::pool::connection::{Place, Pooled};
-use crate::pool::{OPENING_MAX, Pool};
+use crate::pool::limits::OPENING_MAX;
 use crate::route::Active;
 
 /// Parked connections of one backend.
@@ -124,7 +125,7 @@ impl Pool {
     /// A place for a parked connection that becomes the pool's own: the limits were checked when it was asked for, and
     /// the connection it replaces is on its way out.
     fn force_place(&self) -> Place {
-        let counts = [&self.open, &self.site.connections, &self.user_open];
+        let counts = self.counts_of_a_place();
         counts.iter().for_each(|count| {
             count.fetch_add(1, Ordering::AcqRel);
         });

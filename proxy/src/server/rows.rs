@@ -49,7 +49,7 @@ pub(super) fn database(database: &Database, config: &Config) -> DatabaseRow {
         server_lifetime_s: u32::try_from(general.server_lifetime.as_secs()).unwrap_or(u32::MAX),
         pool_mode: settings.and_then(|s| s.pool_mode).map(mode),
         max_connections: settings.and_then(|s| s.max_db_connections).unwrap_or(general.max_db_connections),
-        current_connections: database.site.connections.load(Ordering::Relaxed),
+        current_connections: database.site.connections.open(),
         max_client_connections: 0, // Clients are limited in all, not per database.
         current_client_connections: count(database.clients().len()),
         paused: database.site.gate.is_shut().into(),
@@ -169,7 +169,7 @@ pub(super) fn users(door: &Door) -> Vec<UserRow> {
     }
     let servers: BTreeMap<String, u32> = {
         let open = door.process.user_connections.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        open.iter().map(|(user, count)| (text(user), count.load(Ordering::Relaxed))).collect()
+        open.iter().map(|(user, tally)| (text(user), tally.open())).collect()
     };
     let mut names: BTreeSet<String> =
         config.users.keys().chain(clients.keys()).chain(servers.keys()).cloned().collect();
@@ -202,7 +202,7 @@ pub(super) fn census(door: &Door) -> Census {
         free_clients: config.general.max_client_conn.saturating_sub(inside),
         used_clients: inside,
         login_clients: door.logging_in.load(Ordering::Relaxed),
-        used_servers: databases.iter().map(|database| database.site.connections.load(Ordering::Relaxed)).sum(),
+        used_servers: databases.iter().map(|database| database.site.connections.open()).sum(),
         dns_names: count(hosts(&databases, &config).iter().map(|host| &host.hostname).collect::<BTreeSet<_>>().len()),
         dns_pending: count(databases.iter().map(|database| database.lookups_pending()).sum()),
     }

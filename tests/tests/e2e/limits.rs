@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use e2e::client::Client;
-use e2e::pair::{APP, DATABASE, OTHER};
+use e2e::pair::{APP, DATABASE, OTHER, PairOptions};
 use e2e::wire::Wire;
 use tokio::io::AsyncReadExt;
 
@@ -64,21 +64,97 @@ async fn too_many_clients_are_told_so_and_places_come_back() {
 async fn a_limit_of_the_database_is_shared_by_its_users() {
     let house = House::open(|options| {
         options.database(DATABASE).insert("max_db_connections".to_owned(), 2.into());
-        options.setting("server_idle_timeout", 1);
+        // Nothing goes because it was idle for too long.
+        options.setting("server_idle_timeout", 0);
     })
     .await;
     let superuser = house.superuser().await;
     let (one, two, three) = (house.connect(APP).await, house.connect(APP).await, house.connect(OTHER).await);
     one.run("BEGIN").await.unwrap();
     two.run("BEGIN").await.unwrap();
-    let waiting = tokio::spawn(async move { three.number("SELECT 3").await });
+    let waiting = tokio::spawn(async move { (three.number("SELECT 3").await, three) });
     one.number("SELECT 1").await.unwrap();
     assert_eq!(connections(&superuser, APP).await + connections(&superuser, OTHER).await, 2);
     assert!(!waiting.is_finished());
     // The connection that comes free is of another user: it has to go for the one who waits.
     one.run("COMMIT").await.unwrap();
-    assert_eq!(tokio::time::timeout(LIMIT, waiting).await.expect("a place came free").unwrap().unwrap(), 3);
+    let (answer, three) = tokio::time::timeout(LIMIT, waiting).await.expect("a place came free").unwrap();
+    assert_eq!(answer.unwrap(), 3);
+    // And one that is already at rest goes at once for whoever asks.
+    assert_eq!(tokio::time::timeout(LIMIT, one.number("SELECT 1")).await.expect("evicted").unwrap(), 1);
+    assert_eq!((connections(&superuser, APP).await, connections(&superuser, OTHER).await), (2, 0));
     two.run("COMMIT").await.unwrap();
+    assert_eq!(tokio::time::timeout(LIMIT, three.number("SELECT 3")).await.expect("evicted").unwrap(), 3);
+    // One was enough, and it was the one at rest for the longest.
+    assert_eq!((connections(&superuser, APP).await, connections(&superuser, OTHER).await), (1, 1));
+}
+
+/// Two users, each with more clients than the limit: whoever rests has to make room, and nobody gets past it. The server
+/// itself refuses one too many: it counts at one moment, which a look at its sessions does not.
+#[tokio::test]
+async fn a_limit_of_the_database_holds_while_its_users_evict_each_other() {
+    let mut options = PairOptions::new(17, 17);
+    // Its workers would count.
+    options.source.settings.push(("autovacuum".to_owned(), "off".to_owned()));
+    let house = House::with(options, |options| {
+        options.setting("workers", 4);
+        options.setting("server_idle_timeout", 0);
+        let database = options.database(DATABASE);
+        database.insert("max_db_connections".to_owned(), 5.into());
+        // The control login would count, too.
+        database.remove("control_user");
+        database.remove("control_password");
+    })
+    .await;
+    let superuser = house.server.superuser("postgres").await.unwrap();
+    superuser.run(&format!("ALTER DATABASE {DATABASE} CONNECTION LIMIT 5")).await.unwrap();
+    let script = house.proxy.dir().join("think.sql");
+    // Clients that think between two transactions: connections come to rest all the time.
+    std::fs::write(&script, "SELECT pg_sleep(0.002);\n\\sleep 5 ms\n").unwrap();
+    let script = script.display().to_string();
+    let load = [APP, OTHER].map(|login| {
+        let (dsn, script) = (house.dsn(login), script.clone());
+        tokio::spawn(async move { run("pgbench", &["-n", "-c", "8", "-t", "60", "-f", &script, &dsn]).await })
+    });
+    for load in load {
+        assert!(stdout(&load.await.unwrap()).contains("processed: 480/480"));
+    }
+    let log = std::fs::read_to_string(house.proxy.log()).unwrap();
+    assert!(!log.contains("no server connection"), "{log}");
+    let server_log = std::fs::read_to_string(house.server.log()).unwrap();
+    assert!(!server_log.contains("too many connections"), "the limit was overrun");
+}
+
+#[tokio::test]
+async fn a_limit_of_a_user_is_shared_by_the_databases() {
+    let house = House::open(|options| {
+        options.setting("server_idle_timeout", 0);
+        user_setting(options, APP, "max_user_connections", 1);
+        let app = options.database(DATABASE).clone();
+        *options.database("second") = app;
+        for backend in options.database("second")["backends"].as_table_mut().unwrap().iter_mut() {
+            backend.1.as_table_mut().unwrap().insert("dbname".to_owned(), DATABASE.into());
+        }
+    })
+    .await;
+    let superuser = house.superuser().await;
+    let second = Client::connect(house.login(APP).dbname("second")).await.unwrap();
+    let (first, other) = (house.connect(APP).await, house.connect(OTHER).await);
+    other.number("SELECT 3").await.unwrap();
+    for _ in 0..3 {
+        for client in [&first, &second] {
+            let answer = tokio::time::timeout(LIMIT, client.number("SELECT 1")).await;
+            assert_eq!(answer.expect("the other database's connection went").unwrap(), 1);
+            assert_eq!(connections(&superuser, APP).await, 1);
+        }
+    }
+    first.run("BEGIN").await.unwrap();
+    let waiting = tokio::spawn(async move { second.number("SELECT 2").await });
+    first.number("SELECT 1").await.unwrap();
+    assert!(!waiting.is_finished(), "one in use is not taken away");
+    first.run("COMMIT").await.unwrap();
+    assert_eq!(tokio::time::timeout(LIMIT, waiting).await.expect("a place came free").unwrap().unwrap(), 2);
+    assert_eq!(connections(&superuser, OTHER).await, 1, "a connection of another user frees nothing: it stays");
 }
 
 #[tokio::test]
