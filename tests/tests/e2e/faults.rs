@@ -10,6 +10,7 @@ use e2e::binaries::Binaries;
 use e2e::client::Client;
 use e2e::cluster::Stop;
 use e2e::control::{Finished, Running};
+use e2e::faults::{Cut, Direction, Fault, FaultProxy};
 use e2e::pair::{APP, DATABASE, PairOptions, SOURCE, SUBSCRIPTION, TARGET};
 use e2e::stage::{Serving, Stage};
 use e2e::workload::{Outcome, Workload, WorkloadOptions};
@@ -348,4 +349,35 @@ async fn abort_ends_what_a_dead_proxyctl_left_and_report_tells_its_story() {
     assert_eq!((&report["ended"], &report["outcome"]), (&Json::Bool(false), &Json::from("undecided")));
     assert_eq!(report["steps"].as_array().unwrap().last().unwrap()["outcome"], "broken_off");
     theatre.ends_without_error_on(SOURCE).await;
+}
+
+/// The decision is on the source, its answer is lost: proxyctl asks again and acts by what it hears.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_decision_whose_answer_is_lost_is_asked_for_again() {
+    let mut theatre = Theatre::open(2).await;
+    let port = theatre.stage.pair.source.port();
+    let network = FaultProxy::start(port).await.unwrap();
+    let side = theatre.stage.control.config["source"].as_table_mut().unwrap();
+    let dsn = side["dsn"].as_str().unwrap().replace(&format!("port={port}"), &format!("port={}", network.port()));
+    side.insert("dsn".to_owned(), dsn.into());
+    let (client, running) = theatre.held().await;
+    // Whoever decides waits for this transaction; whoever reads does not.
+    let guard = theatre.stage.pair.source.superuser(DATABASE).await.unwrap();
+    guard.run("BEGIN; LOCK TABLE pgcutover.decision IN EXCLUSIVE MODE").await.unwrap();
+    client.run("COMMIT").await.unwrap();
+    let source = theatre.stage.pair.source.superuser(DATABASE).await.unwrap();
+    let deciding = "SELECT EXISTS (SELECT FROM pg_locks
+        WHERE NOT granted AND relation = 'pgcutover.decision'::regclass)";
+    source.until(deciding, LIMIT).await.unwrap();
+    network.set(Direction::Down, Fault::Hold);
+    guard.run("COMMIT").await.unwrap();
+    source.until("SELECT EXISTS (SELECT FROM pgcutover.decision WHERE outcome = 'commit')", LIMIT).await.unwrap();
+    network.cut(Cut::Reset);
+    network.set(Direction::Down, Fault::Pass);
+    let finished = running.wait(LIMIT).await.unwrap();
+    assert_eq!(finished.code, Some(0), "{}", finished.story());
+    let report = finished.json().unwrap();
+    assert_eq!(report["outcome"], "committed");
+    assert_eq!(source.number("SELECT count(*) FROM pgcutover.decision WHERE outcome = 'commit'").await.unwrap(), 1);
+    theatre.ends_without_error_on(TARGET).await;
 }

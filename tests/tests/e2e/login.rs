@@ -10,7 +10,10 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use e2e::binaries::{Binaries, tool};
+use e2e::client::Client;
 use e2e::cluster::{Cluster, ClusterOptions};
+use e2e::pair::{APP, OTHER};
+use e2e::tls::Authority;
 use e2e::user::ServerUser;
 use pgcutover::auth::{self, Users};
 use pgcutover::backend::{
@@ -28,6 +31,8 @@ use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
 use tokio::time::Instant;
+
+use crate::house::{House, sqlstate, stderr, stdout};
 
 /// One user for each way in.
 const HBA: &str = "\
@@ -377,4 +382,58 @@ async fn a_connection_at_rest_tells_when_it_no_longer_is() {
         tokio::task::yield_now().await;
     }
     assert_eq!(message::notice(&news[5..]).sqlstate, b"57P01");
+}
+
+/// An md5 hash proves nothing to a server that keeps a SCRAM verifier: the client is told that there is no server for it,
+/// the log says why, and the users beside it are none the worse.
+#[tokio::test]
+async fn an_md5_hash_is_not_enough_for_a_server_that_wants_scram() {
+    let house = House::open(|options| {
+        options.setting("auth_type", "md5");
+        options.users.retain(|line| !line.starts_with(&format!("\"{APP}\"")));
+        // Of `app-secret` and `app`.
+        options.users.push(format!("\"{APP}\" \"md55afb2fb5ee1832419a8c0fa45bc3255b\""));
+    })
+    .await;
+    let mut wrong = house.login(APP);
+    assert_eq!(sqlstate(&Client::connect(wrong.password("other")).await.unwrap_err()), "28P01");
+    let error = match Client::connect(&house.login(APP)).await {
+        // Another server connection has taught the proxy the welcome.
+        Ok(client) => client.simple_query("SELECT 1").await.unwrap_err(),
+        Err(error) => error,
+    };
+    assert_eq!(sqlstate(&error), "57P03");
+    let log = fs::read_to_string(house.proxy.log()).unwrap();
+    assert!(log.contains("server asks for a SCRAM proof"), "{log}");
+    // A verifier in the user file asks for SCRAM under auth_type md5, too, and passes it on.
+    assert_eq!(house.connect(OTHER).await.number("SELECT 1").await.unwrap(), 1);
+}
+
+#[tokio::test]
+async fn a_client_certificate_of_the_configured_authority_is_demanded() {
+    let (ours, foreign) = (Authority::create().unwrap(), Authority::create().unwrap());
+    let server = ours.sign("proxy", &["localhost", "127.0.0.1"]).unwrap();
+    let house = House::open(|options| {
+        options.setting("client_tls_sslmode", "verify-ca");
+        options.setting("client_tls_key_file", server.key.display().to_string());
+        options.setting("client_tls_cert_file", server.certificate.display().to_string());
+        options.setting("client_tls_ca_file", ours.certificate().display().to_string());
+    })
+    .await;
+    let (right, wrong) = (ours.sign("client", &[]).unwrap(), foreign.sign("client", &[]).unwrap());
+    let with = |identity: &e2e::tls::Identity| {
+        let (certificate, key) = (identity.certificate.display(), identity.key.display());
+        format!("{} sslmode=require sslcert={certificate} sslkey={key}", house.dsn(APP))
+    };
+    let ask = async |dsn: &str| house.psql(dsn, "SELECT 42").await;
+    assert_eq!(stdout(&ask(&with(&right)).await).trim(), "42");
+    let said = stderr(&ask(&with(&wrong)).await);
+    assert!(said.contains("alert"), "{said}");
+    // No such file: libpq then has none to offer.
+    let none = format!("{} sslcert=/nonexistent sslmode", house.dsn(APP));
+    let said = stderr(&ask(&format!("{none}=require")).await);
+    assert!(said.contains("alert"), "{said}");
+    let said = stderr(&ask(&format!("{none}=disable")).await);
+    assert!(!said.contains("alert") && said.contains("TLS"), "{said}");
+    assert_eq!(stdout(&ask(&with(&right)).await).trim(), "42", "whoever was refused shut no door");
 }
