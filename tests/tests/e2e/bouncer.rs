@@ -11,7 +11,7 @@ use e2e::wire::{Report, Wire};
 use postgres_protocol::message::backend::Message;
 use tokio_postgres::fallible_iterator::FallibleIterator;
 
-use crate::house::{House, run, stdout};
+use crate::house::{House, LIMIT, run, stdout};
 
 /// Debian's PgBouncer (1.18) has these; what it has, ours has. STATE came later.
 const TABLES: [&str; 17] = [
@@ -179,7 +179,7 @@ async fn bench(house: &House, port: u16) {
     let script = script.display().to_string();
     for protocol in ["simple", "extended"] {
         let options = ["-n", "-M", protocol, "-c", "8", "-j", "2", "-t", "50", "-f", &script, &dsn];
-        let output = run("pgbench", &options).await;
+        let output = tokio::time::timeout(LIMIT, run("pgbench", &options)).await.expect("pgbench ends");
         assert!(stdout(&output).contains("number of transactions actually processed: 400/400"), "{output:?}");
     }
     let sum = house.superuser().await.number("SELECT sum(abalance)::bigint FROM accounts").await.unwrap();
