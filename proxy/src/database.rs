@@ -119,7 +119,8 @@ impl Database {
         process.closing = process.closing.child_token();
         let settings = config.databases.get(name).ok_or("is not declared")?;
         let gate: Arc<Gate> = Arc::default();
-        let registry = Registry { resolver: process.resolver.clone(), gate: Arc::clone(&gate) as _, told: Arc::default() };
+        let registry =
+            Registry { resolver: process.resolver.clone(), gate: Arc::clone(&gate) as _, told: Arc::default() };
         let declared = declare(settings, &registry, &BTreeMap::new())?;
         let file = route::file(&config.general.state_dir, name);
         let durable = route::load(&file).map_err(|error| error.to_string())?;
