@@ -62,6 +62,14 @@ impl Theatre {
         Theatre { stage, load }
     }
 
+    /// Lets the drain last as long as a fault that is made meanwhile may take on a loaded machine.
+    fn patient(&mut self) {
+        let budgets = self.stage.control.config.get_mut("budgets").and_then(Value::as_table_mut).unwrap();
+        for (key, value) in [("drain", "5s"), ("lease", "6s")] {
+            budgets.insert(key.to_owned(), value.into());
+        }
+    }
+
     /// Opens a transaction through the first proxy and starts a cutover, which comes to wait for it: from then on the
     /// epoch is open and every other transaction is held.
     async fn held(&self) -> (Client, Running) {
@@ -210,7 +218,8 @@ async fn a_target_that_is_down_is_a_refusal_with_a_report() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_subscription_disabled_in_the_pause_is_named_with_the_statement_that_enables_it() {
-    let theatre = Theatre::open(1).await;
+    let mut theatre = Theatre::open(1).await;
+    theatre.patient();
     let target = theatre.stage.pair.target.superuser(DATABASE).await.unwrap();
     let (client, running) = theatre.held().await;
     target.run(&format!("ALTER SUBSCRIPTION {SUBSCRIPTION} DISABLE")).await.unwrap();
@@ -225,7 +234,8 @@ async fn a_subscription_disabled_in_the_pause_is_named_with_the_statement_that_e
 /// Where no event trigger refuses DDL, what it changes in the pause would stay on the source alone (R13).
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_schema_changed_in_the_pause_ends_the_cutover_or_is_refused_there() {
-    let theatre = Theatre::open(1).await;
+    let mut theatre = Theatre::open(1).await;
+    theatre.patient();
     let source = theatre.stage.pair.source.superuser(DATABASE).await.unwrap();
     let (client, running) = theatre.held().await;
     source.run("CREATE INDEX added_in_the_pause ON ledger (n)").await.unwrap();
