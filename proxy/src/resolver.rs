@@ -218,20 +218,21 @@ impl Name {
             // Ended by the lookup before, or by the clock below.
             let alone = Arc::clone(&self.looking).lock_owned().await;
             if !wanted(&self.lock()) {
-                return None;
+                return Ok(());
             }
             let (Resolver(lookup), host, port) = (self.registry.resolver.clone(), self.host.clone(), self.port);
-            let found = tokio::task::spawn_blocking(move || {
-                let _alone = alone;
-                lookup(&host, port)
-            });
-            Some(found.await.unwrap_or_else(|error| Err(io::Error::other(error))))
+            // The turn goes along, because a lookup that nobody waits for any more still blocks, and comes back, because
+            // the next in line is to see what was learned. If `lookup` panics it is released by the unwinding.
+            let looked = tokio::task::spawn_blocking(move || (lookup(&host, port), alone)).await;
+            let (found, _alone) = match looked {
+                Ok((found, alone)) => (found, Some(alone)),
+                Err(error) => (Err(io::Error::other(error)), None),
+            };
+            self.learn(found)
         };
-        match tokio::time::timeout(LOOKUP, looking).await {
-            Ok(None) => Ok(()),
-            Ok(Some(found)) => self.learn(found),
-            Err(_) => self.learn(Err(io::Error::new(io::ErrorKind::TimedOut, "no answer from the resolver in time"))),
-        }
+        tokio::time::timeout(LOOKUP, looking).await.unwrap_or_else(|_| {
+            self.learn(Err(io::Error::new(io::ErrorKind::TimedOut, "no answer from the resolver in time")))
+        })
     }
 
     fn learn(&self, found: io::Result<Vec<SocketAddr>>) -> io::Result<()> {
@@ -481,11 +482,14 @@ mod tests {
 
     #[tokio::test]
     async fn many_who_need_the_first_answer_ask_once() {
-        let stage = Stage::new();
-        stage.answers(&[1]);
-        let all = futures_util::future::join_all((0..9).map(|_| stage.name.candidates())).await;
-        assert!(all.iter().all(|one| one.as_ref().is_ok_and(|one| *one == [at(1)])));
-        assert_eq!(stage.lookups.load(Ordering::Relaxed), 1);
+        // The next in line races with the end of the lookup, so once is not enough to see it lose.
+        for _ in 0..200 {
+            let stage = Stage::new();
+            stage.answers(&[1]);
+            let all = futures_util::future::join_all((0..9).map(|_| stage.name.candidates())).await;
+            assert!(all.iter().all(|one| one.as_ref().is_ok_and(|one| *one == [at(1)])));
+            assert_eq!(stage.lookups.load(Ordering::Relaxed), 1);
+        }
     }
 
     #[tokio::test(start_paused = true)]
