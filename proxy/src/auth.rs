@@ -1,4 +1,4 @@
-//! Who the client is: trust, cleartext, md5 and SCRAM against the user file.
+//! Who the client is: trust, cleartext, md5 and SCRAM against what is known of the user, or its certificate.
 //!
 //! Invariant: an unknown user and a wrong password take the same path and get the same answer; no slow hash runs on
 //! the event loop; nothing behind the message that is asked for is read from the client.
@@ -7,10 +7,12 @@ mod exchange;
 mod users;
 
 use crate::backend::Secret;
+use crate::certificate;
 use crate::config::AuthType;
 use crate::message::{self, Authentication, Startup};
-use crate::report::Report;
+use crate::report::{Blame, Report, SqlState};
 use crate::stream::{Peer, Stream};
+use crate::tls::Acceptor;
 
 use exchange::Exchange;
 pub use users::{UserFileError, Users};
@@ -24,20 +26,27 @@ pub struct Identity {
     pub secret: Secret,
 }
 
+/// What a client is measured by.
+#[derive(Clone, Copy)]
+pub struct Terms<'a> {
+    /// `auth_type`.
+    pub method: AuthType,
+    /// What is known of users.
+    pub users: &'a Users,
+    /// The side of TLS that has greeted this client.
+    pub acceptor: &'a Acceptor,
+}
+
 /// Asks the client to prove who it is, and writes AuthenticationOk. The caller bounds the time; not cancel safe.
 ///
 /// # Errors
 /// The [`Report`] to send before closing; nothing of it has been written. [`Report::client_gone`] where there is nobody
 /// to send it to.
-pub async fn authenticate(
-    stream: &mut Stream,
-    startup: &Startup,
-    method: AuthType,
-    users: &Users,
-) -> Result<Identity, Report> {
+pub async fn authenticate(stream: &mut Stream, startup: &Startup, terms: Terms<'_>) -> Result<Identity, Report> {
+    certified(stream, &startup.user, terms)?;
     let mut exchange = Exchange::new(stream);
     // Boxed: only clients that are logging in pay for this future.
-    let secret = Box::pin(prove(&mut exchange, startup, method, users)).await?;
+    let secret = Box::pin(prove(&mut exchange, &startup.user, terms)).await?;
     message::put_authentication(&mut exchange.output, &Authentication::Ok);
     exchange.send().await?;
     Ok(Identity { user: startup.user.clone(), secret })
@@ -62,19 +71,35 @@ pub async fn welcome_own_process(stream: &mut Stream) -> Result<(), Report> {
     exchange.send().await
 }
 
-async fn prove(
-    exchange: &mut Exchange<'_>,
-    startup: &Startup,
-    method: AuthType,
-    users: &Users,
-) -> Result<Secret, Report> {
-    let user = &startup.user;
+/// Where a certificate is demanded that names the user: `auth_type = cert`, and TLS under `verify-full`. The TLS
+/// handshake has checked it; that it names the user, byte for byte, is checked here.
+fn certified(stream: &Stream, user: &[u8], terms: Terms<'_>) -> Result<(), Report> {
+    let demanded = terms.method == AuthType::Cert || (terms.acceptor.names_user() && stream.is_tls());
+    if !demanded {
+        return Ok(());
+    }
+    let chain = match stream {
+        Stream::TlsServer(tls) => tls.get_ref().1.peer_certificates().unwrap_or_default(),
+        Stream::Tcp(_) | Stream::Unix(_) | Stream::TlsClient(_) => &[],
+    };
+    let Some(own) = chain.first() else {
+        let message = "connection requires a valid client certificate";
+        return Err(Report::fatal(SqlState::INVALID_AUTHORIZATION, message, Blame::Client));
+    };
+    match certificate::common_name(own) {
+        Some(name) if name == user => Ok(()),
+        Some(_) | None => Err(Report::certificate_authentication_failed(user)),
+    }
+}
+
+async fn prove(exchange: &mut Exchange<'_>, user: &[u8], terms: Terms<'_>) -> Result<Secret, Report> {
+    let Terms { method, users, acceptor } = terms;
     let proven = match method {
-        AuthType::Trust => return users.secret(user).ok_or_else(|| Report::role_does_not_exist(user)),
+        AuthType::Trust | AuthType::Cert => return users.secret(user).ok_or_else(|| Report::role_does_not_exist(user)),
         AuthType::Plain => exchange.plain(users, user).await?,
-        AuthType::Md5 if users.demands_scram(user) => exchange.scram(users, user).await?,
+        AuthType::Md5 if users.demands_scram(user) => exchange.scram(users, user, acceptor).await?,
         AuthType::Md5 => exchange.md5(users, user).await?,
-        AuthType::Scram => exchange.scram(users, user).await?,
+        AuthType::Scram => exchange.scram(users, user, acceptor).await?,
     };
     proven.ok_or_else(|| Report::password_authentication_failed(user))
 }

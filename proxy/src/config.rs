@@ -45,9 +45,12 @@ pub enum AuthType {
     /// Cleartext password.
     #[serde(rename = "plain")]
     Plain,
-    /// No proof; the user must be in the user file.
+    /// No proof; the user must be known.
     #[serde(rename = "trust")]
     Trust,
+    /// A client certificate whose common name is the user, who must be known; no password is asked.
+    #[serde(rename = "cert")]
+    Cert,
 }
 
 /// TLS towards servers, with libpq's meanings.
@@ -98,7 +101,7 @@ pub enum ClientTls {
     Require,
     /// TLS and a client certificate of the given authority.
     VerifyCa,
-    /// The same, and the certificate names the user; refused until that is checked.
+    /// The same, and the certificate's common name must be the user (PostgreSQL's `clientcert=verify-full`).
     VerifyFull,
 }
 
@@ -389,15 +392,12 @@ impl Config {
         {
             return wrong("client_tls_sslmode", "needs client_tls_key_file and client_tls_cert_file".to_owned());
         }
-        if g.client_tls_sslmode == ClientTls::VerifyFull {
-            return wrong(
-                "client_tls_sslmode",
-                "verify-full (the certificate names the user) is not supported yet; verify-ca is".to_owned(),
-            );
+        if g.auth_type == AuthType::Cert && g.client_tls_sslmode != ClientTls::VerifyFull {
+            return wrong("auth_type", "cert needs client_tls_sslmode = 'verify-full'".to_owned());
         }
         if matches!(g.client_tls_sslmode, ClientTls::VerifyCa | ClientTls::VerifyFull) && g.client_tls_ca_file.is_none()
         {
-            return wrong("client_tls_sslmode", "verify-ca needs client_tls_ca_file".to_owned());
+            return wrong("client_tls_sslmode", "verify-ca and verify-full need client_tls_ca_file".to_owned());
         }
         Ok(())
     }
@@ -580,6 +580,21 @@ mod tests {
         assert!(error.contains("drain_timeout"), "{error}");
         let error = parse(&format!("[pgcutover]\nhold_budget = 4\n{SMALL}")).unwrap_err();
         assert!(error.contains("hold_budget"), "{error}");
+    }
+
+    #[test]
+    fn certificates_need_somebody_who_signs_them() {
+        let tls = "client_tls_key_file = 'k'\nclient_tls_cert_file = 'c'\nclient_tls_sslmode =";
+        for (general, key) in [
+            ("auth_type = 'cert'".to_owned(), "pgcutover.auth_type"),
+            (format!("auth_type = 'cert'\n{tls} 'verify-ca'\nclient_tls_ca_file = 'a'"), "pgcutover.auth_type"),
+            (format!("{tls} 'verify-full'"), "pgcutover.client_tls_sslmode"),
+        ] {
+            let error = parse(&format!("[pgcutover]\n{general}\n{SMALL}")).unwrap_err();
+            assert!(error.contains(key), "{error}");
+        }
+        let good = format!("[pgcutover]\nauth_type = 'cert'\n{tls} 'verify-full'\nclient_tls_ca_file = 'a'\n{SMALL}");
+        assert_eq!(parse(&good).unwrap().general.auth_type, AuthType::Cert);
     }
 
     const SAMPLE: &str = include_str!("../../config/pgcutover.toml");

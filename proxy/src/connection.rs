@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
 use crate::auth;
-use crate::auth::{Identity, Users};
+use crate::auth::{Identity, Terms, Users};
 use crate::cancel::{Cancels, Issued, Owner};
 use crate::client::{Client, Who};
 use crate::database::{Database, Process};
@@ -120,9 +120,11 @@ enum Admitted {
 /// Handshake and login; `None` if that was all.
 async fn admit(stream: Stream, door: &Arc<Door>, worker: usize) -> Option<Admitted> {
     let deadline = Instant::now() + door.process.config.load().general.client_login_timeout;
-    let greeted = Box::pin(handshake::greet(stream, &door.acceptor.load_full(), deadline)).await;
-    let (mut stream, startup) = match greeted {
-        Ok((stream, Hello::Session(startup))) => (stream, startup),
+    // One for the whole login: what it is bound to is the certificate that this client was shown.
+    let acceptor = door.acceptor.load_full();
+    let greeted = Box::pin(handshake::greet(stream, &acceptor, deadline)).await;
+    let (mut stream, arrival) = match greeted {
+        Ok((stream, Hello::Session(startup))) => (stream, Arrival { startup: *startup, acceptor, deadline, worker }),
         Ok((_, Hello::Cancel(key))) => {
             let config = door.process.config.load_full();
             door.cancels.carry(key, &config, &door.process.events).await;
@@ -134,7 +136,7 @@ async fn admit(stream: Stream, door: &Arc<Door>, worker: usize) -> Option<Admitt
             return None;
         }
     };
-    match Box::pin(enter(&mut stream, *startup, door, deadline, worker)).await {
+    match Box::pin(enter(&mut stream, arrival, door)).await {
         Ok(Entered::Console { user, rights, key, cancels, place }) => {
             Some(Admitted::Visitor(Box::new(Visitor { stream, user, rights, key, cancels, place })))
         }
@@ -150,6 +152,15 @@ async fn admit(stream: Stream, door: &Arc<Door>, worker: usize) -> Option<Admitt
 fn turned_away(door: &Door, report: &Report) {
     door.process.events.logins_refused.count();
     tracing::info!(sqlstate = %report.sqlstate, blame = report.blame.as_str(), message = %report.message, "login refused");
+}
+
+/// A client that has said what it wants.
+struct Arrival {
+    startup: Startup,
+    /// The side of TLS that greeted it.
+    acceptor: Arc<Acceptor>,
+    deadline: Instant,
+    worker: usize,
 }
 
 /// Who got in.
@@ -169,21 +180,17 @@ struct Entry {
 }
 
 /// Authenticates, and welcomes. Whoever is authenticated and has to wait for a pause waits as long as any held client.
-async fn enter(
-    stream: &mut Stream,
-    startup: Startup,
-    door: &Door,
-    deadline: Instant,
-    worker: usize,
-) -> Result<Entered, Report> {
+async fn enter(stream: &mut Stream, arrival: Arrival, door: &Door) -> Result<Entered, Report> {
+    let Arrival { startup, acceptor, deadline, worker } = arrival;
     let _logging_in = Place::take(&door.logging_in, u32::MAX);
     if CONSOLES.contains(&&*startup.database) {
-        return in_time(deadline, console(stream, &startup, door)).await;
+        return in_time(deadline, console(stream, &startup, door, &acceptor)).await;
     }
     let config = door.process.config.load_full();
     let place = Place::take(&door.inside, config.general.max_client_conn).ok_or_else(Report::too_many_clients)?;
     let users = door.users.load_full();
-    let proof = auth::authenticate(stream, &startup, config.general.auth_type, &users);
+    let terms = Terms { method: config.general.auth_type, users: &users, acceptor: &acceptor };
+    let proof = auth::authenticate(stream, &startup, terms);
     let identity = in_time(deadline, proof).await?;
     let database = known_database(&startup, door)?;
     if startup.replication != Replication::No {
@@ -206,13 +213,15 @@ async fn in_time<T>(deadline: Instant, step: impl Future<Output = Result<T, Repo
     timeout_at(deadline, step).await.unwrap_or_else(|_| Err(Report::login_timeout()))
 }
 
-async fn console(stream: &mut Stream, startup: &Startup, door: &Door) -> Result<Entered, Report> {
+async fn console(stream: &mut Stream, startup: &Startup, door: &Door, acceptor: &Acceptor) -> Result<Entered, Report> {
     let config = door.process.config.load_full();
     let own = CONSOLES.contains(&&*startup.user) && stream.peer().is_ok_and(auth::is_own_process);
     if own {
         auth::welcome_own_process(stream).await?;
     } else {
-        auth::authenticate(stream, startup, config.general.auth_type, &door.users.load_full()).await?;
+        let users = door.users.load_full();
+        auth::authenticate(stream, startup, Terms { method: config.general.auth_type, users: &users, acceptor })
+            .await?;
     }
     let user = String::from_utf8_lossy(&startup.user).into_owned();
     let rights = if own || config.general.admin_users.contains(&user) {

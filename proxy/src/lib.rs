@@ -30,6 +30,7 @@ pub mod relay;
 pub mod tracker;
 pub mod scram;
 pub mod tls;
+pub mod certificate;
 pub mod stream;
 pub mod message;
 pub mod report;

@@ -29,7 +29,7 @@ use crate::gate::{Gate, Pass};
 use crate::metrics::Events;
 use crate::parameters::{Reported, Settings};
 use crate::relay::ShutSignal;
-use crate::report::Report;
+use crate::report::{Report, SqlState};
 use crate::route::{Active, Route};
 use crate::tracker::Tracker;
 
@@ -516,13 +516,19 @@ fn rehomed(pooled: Box<Pooled>, worker: usize) -> Option<Box<Pooled>> {
     Some(Box::new(pooled))
 }
 
-/// What a client is told: the server's own refusal if it refused the user, else only that there is no server.
+/// What a client is told: the server's own refusal if it refused the user, what we lack to log in as the user, else
+/// only that there is no server.
 fn no_server(database: &str, error: &ConnectError) -> Report {
     match (error.failure, error.sqlstate) {
         (ConnectFailure::Refused, Some(sqlstate)) => Report::fatal(sqlstate, error.message.clone(), error.blame),
+        (ConnectFailure::Refused, None) => {
+            let message = format!("the proxy can't log in for this user: {}", error.message);
+            Report::fatal(SqlState::INVALID_AUTHORIZATION, message, error.blame).with_hint(
+                "Give the user a password that this server takes (auth_file), or let the server trust the proxy.",
+            )
+        }
         (
-            ConnectFailure::Refused
-            | ConnectFailure::Network
+            ConnectFailure::Network
             | ConnectFailure::Tls
             | ConnectFailure::Unavailable
             | ConnectFailure::Protocol

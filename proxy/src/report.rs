@@ -256,6 +256,14 @@ impl Report {
         Self::fatal(SqlState::INVALID_AUTHORIZATION, message, Blame::Client)
     }
 
+    /// 28000: the client's certificate is good and names somebody else, or nobody.
+    #[must_use]
+    pub fn certificate_authentication_failed(user: &[u8]) -> Self {
+        let message = format!("certificate authentication failed for user \"{}\"", shown(user));
+        Self::fatal(SqlState::INVALID_AUTHORIZATION, message, Blame::Client)
+            .with_hint("The certificate's subject must have exactly one common name (CN), and it must be the user.")
+    }
+
     /// 28000: the client came without TLS and must not.
     #[must_use]
     pub fn tls_required() -> Self {

@@ -1,8 +1,8 @@
 //! SCRAM-SHA-256 (RFC 5802, RFC 7677), both roles, as PostgreSQL speaks it.
 //!
 //! Invariant: pure: bytes in, bytes out; randomness comes from the caller, and the one slow function ([`salted`]) says
-//! so. Every message of a peer is bounded and parsed without panic; secrets are compared in constant time. No channel
-//! binding yet: `n` and `y` are accepted, `p` is refused.
+//! so. Every message of a peer is bounded and parsed without panic; secrets are compared in constant time. Clients may
+//! bind their login to our certificate (tls-server-end-point); towards servers there is no channel binding yet.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -11,8 +11,11 @@ use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq;
 use thiserror::Error;
 
-/// The one mechanism.
+/// The mechanism without channel binding.
 pub const MECHANISM: &[u8] = b"SCRAM-SHA-256";
+
+/// The mechanism with channel binding; only inside TLS.
+pub const MECHANISM_PLUS: &[u8] = b"SCRAM-SHA-256-PLUS";
 
 /// Rounds for verifiers that we make ourselves; PostgreSQL's default (scram_iterations), the minimum of RFC 7677.
 pub const ITERATIONS_DEFAULT: u32 = 4096;
@@ -44,6 +47,12 @@ pub enum ScramError {
     /// The client wants channel binding or acts for somebody else.
     #[error("{0}")]
     Unsupported(&'static str),
+    /// The client thinks that we have no channel binding, and we offered it: somebody in between took it away.
+    #[error("SCRAM channel binding negotiation error")]
+    Downgraded,
+    /// The client is bound to another certificate than ours: somebody in between has one of its own.
+    #[error("SCRAM channel binding check failed")]
+    OtherChannel,
     /// The proof is not of this password.
     #[error("the proof is wrong")]
     WrongProof,
@@ -165,6 +174,39 @@ fn normalized(password: &[u8]) -> Vec<u8> {
     prepared.map_or_else(|| password.to_vec(), |text| text.as_bytes().to_vec())
 }
 
+/// What ties a client's login to the TLS connection it came over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Binding<'a> {
+    /// There is nothing to tie it to, and nothing was offered.
+    Impossible,
+    /// It was offered, and the client chose [`MECHANISM`].
+    Declined,
+    /// The client chose [`MECHANISM_PLUS`]; this is our certificate's `tls-server-end-point` data (RFC 5929).
+    EndPoint(&'a [u8]),
+}
+
+impl Binding<'_> {
+    /// What a client's final message must carry, by the flag of its first one.
+    fn expected(self, flag: &[u8]) -> Result<Vec<u8>, ScramError> {
+        let header = [flag, b",,"].concat();
+        match (flag, self) {
+            (b"n", Self::Impossible | Self::Declined) | (b"y", Self::Impossible) => Ok(header),
+            (b"y", Self::Declined) => Err(ScramError::Downgraded),
+            (b"n" | b"y", Self::EndPoint(_)) => {
+                Err(ScramError::Malformed("client selected SCRAM-SHA-256-PLUS, but its message has no channel binding"))
+            }
+            (b"p=tls-server-end-point", Self::EndPoint(data)) => Ok([&header, data].concat()),
+            ([b'p', b'=', ..], Self::EndPoint(_)) => {
+                Err(ScramError::Unsupported("unsupported SCRAM channel binding type"))
+            }
+            ([b'p', b'=', ..], Self::Impossible | Self::Declined) => Err(ScramError::Unsupported(
+                "client selected SCRAM-SHA-256 without channel binding, but asks for channel binding",
+            )),
+            (_, _) => Err(ScramError::Malformed("unknown channel binding flag")),
+        }
+    }
+}
+
 /// The server's side, after the client's first message: what to send, and what the proof will be checked against.
 #[derive(Clone)]
 pub struct ServerExchange {
@@ -179,19 +221,16 @@ impl ServerExchange {
     /// Reads the client's first message; `nonce` is fresh randomness.
     ///
     /// # Errors
-    /// [`ScramError::Malformed`], [`ScramError::Unsupported`].
-    pub fn start(client_first: &[u8], verifier: Verifier, nonce: &[u8; NONCE_RAW_BYTES]) -> Result<Self, ScramError> {
+    /// [`ScramError::Malformed`], [`ScramError::Unsupported`], [`ScramError::Downgraded`].
+    pub fn start(
+        client_first: &[u8],
+        verifier: Verifier,
+        nonce: &[u8; NONCE_RAW_BYTES],
+        binding: Binding<'_>,
+    ) -> Result<Self, ScramError> {
         bounded(client_first)?;
         let (flag, rest) = split_once(client_first, b',').ok_or(ScramError::Malformed("no channel binding flag"))?;
-        match flag {
-            b"n" | b"y" => {}
-            [b'p', b'=', ..] => {
-                return Err(ScramError::Unsupported(
-                    "client selected SCRAM-SHA-256 without channel binding, but asks for channel binding",
-                ));
-            }
-            _ => return Err(ScramError::Malformed("unknown channel binding flag")),
-        }
+        let channel_binding = binding.expected(flag)?;
         let (authzid, bare) = split_once(rest, b',').ok_or(ScramError::Malformed("no authorization identity"))?;
         if !authzid.is_empty() {
             return Err(ScramError::Unsupported("client uses authorization identity, but it is not supported"));
@@ -207,13 +246,7 @@ impl ServerExchange {
         let salt = STANDARD.encode(&verifier.salt);
         let server_first =
             [b"r=", &nonce[..], b",s=", salt.as_bytes(), b",i=", verifier.iterations.to_string().as_bytes()].concat();
-        Ok(Self {
-            verifier,
-            nonce,
-            channel_binding: [flag, b",,"].concat(),
-            client_first_bare: bare.to_vec(),
-            server_first,
-        })
+        Ok(Self { verifier, nonce, channel_binding, client_first_bare: bare.to_vec(), server_first })
     }
 
     /// The server's first message.
@@ -225,13 +258,18 @@ impl ServerExchange {
     /// Checks the client's proof; gives the server's final message and the keys that the proof revealed.
     ///
     /// # Errors
-    /// [`ScramError::Malformed`], [`ScramError::WrongProof`].
+    /// [`ScramError::Malformed`], [`ScramError::OtherChannel`], [`ScramError::WrongProof`].
     pub fn finish(self, client_final: &[u8]) -> Result<(Vec<u8>, Keys), ScramError> {
         bounded(client_final)?;
         let mut attributes = Attributes(client_final);
         let binding = STANDARD.decode(attributes.take(b'c')?).map_err(|_| ScramError::Malformed("channel binding"))?;
         if binding != self.channel_binding {
-            return Err(ScramError::Malformed("channel binding differs from the first message's"));
+            let bound = self.channel_binding.starts_with(b"p=") && binding.starts_with(b"p=");
+            return Err(if bound {
+                ScramError::OtherChannel
+            } else {
+                ScramError::Malformed("channel binding differs from the first message's")
+            });
         }
         if attributes.take(b'r')? != self.nonce {
             return Err(ScramError::Malformed("nonce differs from the exchange's"));
@@ -493,7 +531,7 @@ mod tests {
 
     fn exchange(server: &Verifier, keys: &Keys) -> Result<Keys, ScramError> {
         let client = ClientExchange::start(&[1; 18]);
-        let server = ServerExchange::start(client.client_first(), server.clone(), &[2; 18])?;
+        let server = ServerExchange::start(client.client_first(), server.clone(), &[2; 18], Binding::Impossible)?;
         let (client_final, proven) = client.challenged(server.server_first())?.prove(keys);
         let (server_final, learnt) = server.finish(&client_final)?;
         proven.verify(&server_final)?;
@@ -523,7 +561,8 @@ mod tests {
     #[test]
     fn first_messages_of_clients_are_judged_as_postgresql_judges_them() {
         let start = |message: &[u8]| {
-            ServerExchange::start(message, Verifier::mock(&[0; 32], b"u"), &[0; 18]).map(|e| e.channel_binding)
+            ServerExchange::start(message, Verifier::mock(&[0; 32], b"u"), &[0; 18], Binding::Impossible)
+                .map(|e| e.channel_binding)
         };
         assert_eq!(start(b"n,,n=,r=abc"), Ok(b"n,,".to_vec()));
         assert_eq!(start(b"y,,n=user,r=abc,ext=1"), Ok(b"y,,".to_vec()));
@@ -539,7 +578,9 @@ mod tests {
     #[test]
     fn a_client_that_changes_its_binding_or_nonce_is_refused() {
         let keys = Keys::derive(b"p", b"s", 1);
-        let start = || ServerExchange::start(b"y,,n=,r=abc", Verifier::of(&keys, b"s", 1), &[0; 18]).unwrap();
+        let start = || {
+            ServerExchange::start(b"y,,n=,r=abc", Verifier::of(&keys, b"s", 1), &[0; 18], Binding::Impossible).unwrap()
+        };
         let nonce = String::from_utf8(start().nonce).unwrap();
         let proof = STANDARD.encode([0; 32]);
         for (message, wanted) in [
@@ -553,6 +594,43 @@ mod tests {
             (format!("c=eSws,r={nonce},p=AAAA"), ScramError::Malformed("proof")),
         ] {
             assert_eq!(start().finish(message.as_bytes()).unwrap_err(), wanted, "{message}");
+        }
+    }
+
+    /// A client's exchange over TLS, as RFC 5802 §6 and RFC 5929 §4 describe it.
+    fn bound(first: &str, header: &[u8], binding: Binding<'_>) -> Result<Keys, ScramError> {
+        let keys = Keys::derive(b"pencil", b"salt", 2);
+        let server = ServerExchange::start(first.as_bytes(), Verifier::of(&keys, b"salt", 2), &[2; 18], binding)?;
+        let nonce = String::from_utf8(server.nonce.clone()).unwrap();
+        let without_proof = format!("c={},r={nonce}", STANDARD.encode(header));
+        let (_, bare) = first.split_once(",,").unwrap();
+        let message = join(&[bare.as_bytes(), server.server_first(), without_proof.as_bytes()]);
+        let proof = xor(keys.client_key, hmac(&sha256(&keys.client_key), &[&message]));
+        let (_, learnt) = server.finish(format!("{without_proof},p={}", STANDARD.encode(proof)).as_bytes())?;
+        assert_eq!(learnt, keys, "the keys that pass on to servers are the same with and without binding");
+        Ok(learnt)
+    }
+
+    #[test]
+    fn a_bound_login_holds_for_one_certificate_and_can_not_be_talked_down() {
+        const PLUS: &str = "p=tls-server-end-point,,n=,r=abc";
+        let ours = Binding::EndPoint(b"hash");
+        assert!(bound(PLUS, b"p=tls-server-end-point,,hash", ours).is_ok());
+        assert_eq!(bound(PLUS, b"p=tls-server-end-point,,other", ours), Err(ScramError::OtherChannel));
+        assert_eq!(bound(PLUS, b"p=tls-server-end-point,,", ours), Err(ScramError::OtherChannel));
+        assert!(matches!(bound(PLUS, b"n,,", ours), Err(ScramError::Malformed(_))));
+        assert!(matches!(
+            bound("p=tls-unique,,n=,r=abc", b"p=tls-unique,,hash", ours),
+            Err(ScramError::Unsupported(_))
+        ));
+        for flag in ["n,,n=,r=abc", "y,,n=,r=abc"] {
+            assert!(matches!(bound(flag, b"n,,", ours), Err(ScramError::Malformed(_))), "PLUS without binding: {flag}");
+        }
+        assert_eq!(bound("y,,n=,r=abc", b"y,,", Binding::Declined), Err(ScramError::Downgraded));
+        assert!(bound("n,,n=,r=abc", b"n,,", Binding::Declined).is_ok(), "a client that can't bind");
+        assert!(bound("y,,n=,r=abc", b"y,,", Binding::Impossible).is_ok());
+        for binding in [Binding::Declined, Binding::Impossible] {
+            assert!(matches!(bound(PLUS, b"p=tls-server-end-point,,hash", binding), Err(ScramError::Unsupported(_))));
         }
     }
 
@@ -586,8 +664,8 @@ mod tests {
             for message in [&bytes[..], printable.as_bytes(), &[b"n,,", printable.as_bytes()].concat()] {
                 let _ = Verifier::parse(message);
                 let verifier = Verifier::mock(&[0; 32], b"u");
-                let _ = ServerExchange::start(message, verifier.clone(), &[0; 18]);
-                let started = ServerExchange::start(b"n,,n=,r=abc", verifier, &[0; 18]).unwrap();
+                let _ = ServerExchange::start(message, verifier.clone(), &[0; 18], Binding::EndPoint(b"hash"));
+                let started = ServerExchange::start(b"n,,n=,r=abc", verifier, &[0; 18], Binding::Declined).unwrap();
                 prop_assert!(started.finish(message).is_err());
                 let client = ClientExchange::start(&[0; 18]);
                 let _ = client.clone().challenged(message);

@@ -20,6 +20,7 @@ use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use crate::certificate;
 use crate::config::{ClientTls, SslMode};
 use crate::message::put_ssl_request;
 use crate::stream::Stream;
@@ -79,6 +80,7 @@ pub enum TlsError {
 pub struct Acceptor {
     mode: ClientTls,
     config: Option<Arc<ServerConfig>>,
+    end_point: Option<Arc<[u8]>>,
 }
 
 impl Acceptor {
@@ -106,18 +108,20 @@ impl Acceptor {
         } else {
             builder.with_no_client_auth()
         };
-        let mut config = builder.with_single_cert(certificates(cert_file)?, key)?;
+        let chain = certificates(cert_file)?;
+        let end_point = chain.first().and_then(|own| certificate::end_point(own)).map(Arc::from);
+        let mut config = builder.with_single_cert(chain, key)?;
         config.alpn_protocols = vec![ALPN.to_vec()];
         // As PostgreSQL: no resumption, so no tickets to write and no state to keep per client.
         config.send_tls13_tickets = 0;
         config.session_storage = Arc::new(NoServerSessionStorage {});
-        Ok(Self { mode: settings.mode, config: Some(Arc::new(config)) })
+        Ok(Self { mode: settings.mode, config: Some(Arc::new(config)), end_point })
     }
 
     /// One that answers every SSLRequest with `N`.
     #[must_use]
     pub fn disabled() -> Self {
-        Self { mode: ClientTls::Disable, config: None }
+        Self { mode: ClientTls::Disable, config: None, end_point: None }
     }
 
     /// Whether TLS is offered.
@@ -133,6 +137,18 @@ impl Acceptor {
             ClientTls::Disable | ClientTls::Allow | ClientTls::Prefer => false,
             ClientTls::Require | ClientTls::VerifyCa | ClientTls::VerifyFull => true,
         }
+    }
+
+    /// Whether a TLS client's certificate must name the user it logs in as.
+    #[must_use]
+    pub fn names_user(&self) -> bool {
+        self.mode == ClientTls::VerifyFull
+    }
+
+    /// What a login may be bound to: our certificate's `tls-server-end-point` data (RFC 5929), where it is defined.
+    #[must_use]
+    pub fn end_point(&self) -> Option<&[u8]> {
+        self.end_point.as_deref()
     }
 
     /// Shakes hands with a client that was promised TLS. The caller bounds the time; not cancel safe.

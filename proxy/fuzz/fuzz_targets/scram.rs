@@ -5,6 +5,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use pgcutover::scram::Binding;
 use pgcutover::scram::ClientExchange;
 use pgcutover::scram::Keys;
 use pgcutover::scram::NONCE_RAW_BYTES;
@@ -21,10 +22,10 @@ fuzz_target!(|input: &[u8]| {
     let verifier = Verifier::of(&KEYS, b"0123456789abcdef", 4096);
     match choice % 5 {
         0 => {
-            let _ = ServerExchange::start(lie, verifier, &NONCE);
+            let _ = ServerExchange::start(lie, verifier, &NONCE, Binding::EndPoint(b"hash"));
         }
         1 => {
-            let exchange = ServerExchange::start(CLIENT_FIRST, verifier, &NONCE).unwrap();
+            let exchange = ServerExchange::start(CLIENT_FIRST, verifier, &NONCE, Binding::Declined).unwrap();
             assert!(exchange.finish(lie).is_err(), "a proof without the keys");
         }
         2 => challenged(lie),
@@ -52,6 +53,6 @@ fn challenged(lie: &[u8]) {
 fn honest_challenge() -> pgcutover::scram::Challenge {
     let client = ClientExchange::start(&NONCE);
     let verifier = Verifier::of(&KEYS, b"0123456789abcdef", 4096);
-    let server = ServerExchange::start(client.client_first(), verifier, &[4; NONCE_RAW_BYTES]).unwrap();
+    let server = ServerExchange::start(client.client_first(), verifier, &[4; NONCE_RAW_BYTES], Binding::Impossible).unwrap();
     client.challenged(server.server_first()).unwrap()
 }

@@ -14,8 +14,9 @@ use crate::backend::{PassThrough, Password, Secret, md5_hex, md5_stored};
 use crate::frame;
 use crate::message::{self, Authentication, Malformed};
 use crate::report::{Blame, Report, SqlState};
-use crate::scram::{MECHANISM, NONCE_RAW_BYTES, ScramError, ServerExchange, Verifier};
+use crate::scram::{Binding, MECHANISM, MECHANISM_PLUS, NONCE_RAW_BYTES, ScramError, ServerExchange, Verifier};
 use crate::stream::Stream;
+use crate::tls::Acceptor;
 
 /// The longest message of a client that logs in, in bytes: passwords that are tokens have about two thousand.
 const MESSAGE_BYTES_MAX: usize = 8192;
@@ -68,21 +69,34 @@ impl<'a> Exchange<'a> {
         Ok(secret.filter(|_| right))
     }
 
-    /// SCRAM-SHA-256.
-    pub(super) async fn scram(&mut self, users: &Users, user: &[u8]) -> Result<Option<Secret>, Report> {
+    /// SCRAM-SHA-256, and SCRAM-SHA-256-PLUS over TLS.
+    pub(super) async fn scram(
+        &mut self,
+        users: &Users,
+        user: &[u8],
+        acceptor: &Acceptor,
+    ) -> Result<Option<Secret>, Report> {
         let verifier = self::verifier(users, user).await?;
-        let first = self.ask(&Authentication::Sasl(vec![MECHANISM])).await?;
+        let end_point = acceptor.end_point().filter(|_| self.stream.is_tls());
+        // The stronger first, as in PostgreSQL: clients take the first that they know.
+        let mechanisms = if end_point.is_some() { vec![MECHANISM_PLUS, MECHANISM] } else { vec![MECHANISM] };
+        let first = self.ask(&Authentication::Sasl(mechanisms)).await?;
         let (mechanism, data) = message::sasl_initial_response(&first).map_err(malformed)?;
-        if mechanism != MECHANISM {
-            return Err(Report::protocol_violation("client selected an invalid SASL authentication mechanism"));
-        }
+        let binding = match (mechanism, end_point) {
+            (MECHANISM_PLUS, Some(data)) => Binding::EndPoint(data),
+            (MECHANISM, Some(_)) => Binding::Declined,
+            (MECHANISM, None) => Binding::Impossible,
+            (_, _) => {
+                return Err(Report::protocol_violation("client selected an invalid SASL authentication mechanism"));
+            }
+        };
         let client_first = match data {
             Some(data) => data.to_vec(),
             // A client may wait for an empty challenge before its first words.
             None => self.ask(&Authentication::SaslContinue(b"")).await?,
         };
-        let exchange =
-            ServerExchange::start(&client_first, verifier.clone(), &random::<NONCE_RAW_BYTES>()?).map_err(broken)?;
+        let nonce = random::<NONCE_RAW_BYTES>()?;
+        let exchange = ServerExchange::start(&client_first, verifier.clone(), &nonce, binding).map_err(broken)?;
         let client_final = self.ask(&Authentication::SaslContinue(exchange.server_first())).await?;
         let (server_final, keys) = match exchange.finish(&client_final) {
             Ok(proven) => proven,
@@ -166,6 +180,12 @@ fn malformed(error: Malformed) -> Report {
 fn broken(error: ScramError) -> Report {
     match error {
         ScramError::Unsupported(what) => Report::fatal(SqlState::FEATURE_NOT_SUPPORTED, what, Blame::Client),
+        ScramError::Downgraded => Report::fatal(SqlState::INVALID_AUTHORIZATION, error.to_string(), Blame::Client)
+            .with_detail(
+                "The client supports SCRAM channel binding but thinks the server does not. However, this server does \
+                 support channel binding.",
+            ),
+        ScramError::OtherChannel => Report::fatal(SqlState::INVALID_AUTHORIZATION, error.to_string(), Blame::Client),
         ScramError::Malformed(_)
         | ScramError::WrongProof
         | ScramError::WrongServer

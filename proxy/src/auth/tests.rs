@@ -24,6 +24,12 @@ fn users() -> Users {
     Users::parse(text.as_bytes()).unwrap()
 }
 
+/// Without TLS.
+fn terms(method: AuthType, users: &Users) -> Terms<'_> {
+    static NONE: std::sync::LazyLock<Acceptor> = std::sync::LazyLock::new(Acceptor::disabled);
+    Terms { method, users, acceptor: &NONE }
+}
+
 fn startup(user: &[u8]) -> Startup {
     Startup {
         protocol: Protocol::V3_0,
@@ -116,7 +122,7 @@ async fn log_in(
     let users = users();
     let serve = async {
         let mut stream = Stream::Unix(server);
-        authenticate(&mut stream, &startup(user), method, &users).await
+        authenticate(&mut stream, &startup(user), terms(method, &users)).await
     };
     let client = Client { socket: client, password, user };
     timeout(Duration::from_secs(20), async { tokio::join!(serve, client.log_in()) }).await.unwrap()
@@ -182,6 +188,14 @@ async fn trust_asks_nothing_and_knows_its_users() {
 }
 
 #[tokio::test]
+async fn a_connection_without_a_certificate_is_not_let_in_by_certificate() {
+    let (refused, seen) = log_in(AuthType::Cert, b"bare", b"pencil").await;
+    let report = refused.unwrap_err();
+    assert_eq!((seen, report.sqlstate), (vec![], SqlState::INVALID_AUTHORIZATION));
+    assert_eq!(report.message, "connection requires a valid client certificate");
+}
+
+#[tokio::test]
 async fn a_passed_through_key_belongs_to_its_verifier() {
     let (identity, _) = log_in(AuthType::Scram, b"new", b"pencil").await;
     let Secret::Scram(pass_through) = identity.unwrap().secret else { panic!("no keys") };
@@ -194,7 +208,7 @@ async fn answered(method: AuthType, bytes: &[u8]) -> Report {
     client.write_all(bytes).await.unwrap();
     client.shutdown().await.unwrap();
     let mut stream = Stream::Unix(server);
-    authenticate(&mut stream, &startup(b"bare"), method, &users()).await.unwrap_err()
+    authenticate(&mut stream, &startup(b"bare"), terms(method, &users())).await.unwrap_err()
 }
 
 #[tokio::test]
@@ -225,7 +239,7 @@ async fn nothing_behind_the_login_is_read() {
     let (mut client, server) = UnixStream::pair().unwrap();
     client.write_all(b"p\0\0\0\x0bpencil\0Q\0\0\0\x04").await.unwrap();
     let mut stream = Stream::Unix(server);
-    authenticate(&mut stream, &startup(b"bare"), AuthType::Plain, &users()).await.unwrap();
+    authenticate(&mut stream, &startup(b"bare"), terms(AuthType::Plain, &users())).await.unwrap();
     let mut rest = [0; 5];
     stream.read_exact(&mut rest).await.unwrap();
     assert_eq!(frame::header(&rest).unwrap().unwrap().tag, b'Q');

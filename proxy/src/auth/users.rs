@@ -124,7 +124,7 @@ impl Users {
     /// Users that can't log in by this method whatever they send; worth a warning when the file is read.
     pub fn unusable(&self, method: AuthType) -> impl Iterator<Item = &[u8]> {
         let usable = move |stored: &Stored| match (method, stored) {
-            (AuthType::Trust, _) => true,
+            (AuthType::Trust | AuthType::Cert, _) => true,
             (_, Stored::Nothing) | (AuthType::Scram, Stored::Md5(_)) => false,
             (AuthType::Scram | AuthType::Md5 | AuthType::Plain, _) => true,
         };

@@ -8,7 +8,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::*;
 use crate::message::{Authentication, put_authentication, put_parameter_status, put_ready_for_query};
-use crate::scram::{NONCE_RAW_BYTES, ServerExchange, Verifier};
+use crate::scram::{Binding, NONCE_RAW_BYTES, ServerExchange, Verifier};
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(10)
@@ -185,7 +185,7 @@ async fn scram_server(mut socket: TcpStream, verifier: Verifier, ending: Ending)
     socket.write_all(&say(&mechanisms)).await.unwrap();
     let first = read(&mut socket, 5).await;
     let (_, data) = message::sasl_initial_response(&first).unwrap();
-    let exchange = ServerExchange::start(data.unwrap(), verifier, &[3; NONCE_RAW_BYTES]).unwrap();
+    let exchange = ServerExchange::start(data.unwrap(), verifier, &[3; NONCE_RAW_BYTES], Binding::Impossible).unwrap();
     socket.write_all(&say(&Authentication::SaslContinue(exchange.server_first()))).await.unwrap();
     if matches!(ending, Ending::Refusing) {
         // The client hangs up: these keys are not of this verifier.

@@ -177,6 +177,7 @@ fn auth_type(value: &AuthType) -> String {
         AuthType::Md5 => "md5",
         AuthType::Plain => "plain",
         AuthType::Trust => "trust",
+        AuthType::Cert => "cert",
     };
     word.to_owned()
 }

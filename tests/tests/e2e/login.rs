@@ -15,7 +15,7 @@ use e2e::cluster::{Cluster, ClusterOptions};
 use e2e::pair::{APP, OTHER};
 use e2e::tls::Authority;
 use e2e::user::ServerUser;
-use pgcutover::auth::{self, Users};
+use pgcutover::auth::{self, Terms, Users};
 use pgcutover::backend::{
     self, Address, Cleartext, ConnectError, ConnectFailure, Login, PassThrough, Password, Rest, Secret,
     ServerConnection, ServerError,
@@ -286,7 +286,7 @@ async fn a_cancel_has_been_sent_when_it_returns() {
 async fn front(stream: Stream, acceptor: &Acceptor, method: AuthType, users: &Users, server: &Address) {
     let (mut stream, hello) = handshake::greet(stream, acceptor, soon()).await.unwrap();
     let Hello::Session(startup) = hello else { return };
-    let identity = match auth::authenticate(&mut stream, &startup, method, users).await {
+    let identity = match auth::authenticate(&mut stream, &startup, Terms { method, users, acceptor }).await {
         Ok(identity) => identity,
         Err(report) => return stream.refuse(&report).await,
     };
@@ -384,8 +384,8 @@ async fn a_connection_at_rest_tells_when_it_no_longer_is() {
     assert_eq!(message::notice(&news[5..]).sqlstate, b"57P01");
 }
 
-/// An md5 hash proves nothing to a server that keeps a SCRAM verifier: the client is told that there is no server for it,
-/// the log says why, and the users beside it are none the worse.
+/// An md5 hash proves nothing to a server that keeps a SCRAM verifier: the client is told what is missing, and not to try
+/// again; the users beside it are none the worse.
 #[tokio::test]
 async fn an_md5_hash_is_not_enough_for_a_server_that_wants_scram() {
     let house = House::open(|options| {
@@ -402,7 +402,8 @@ async fn an_md5_hash_is_not_enough_for_a_server_that_wants_scram() {
         Ok(client) => client.simple_query("SELECT 1").await.unwrap_err(),
         Err(error) => error,
     };
-    assert_eq!(sqlstate(&error), "57P03");
+    assert_eq!(sqlstate(&error), "28000");
+    assert!(format!("{error:?}").contains("server asks for a SCRAM proof"), "{error:?}");
     let log = fs::read_to_string(house.proxy.log()).unwrap();
     assert!(log.contains("server asks for a SCRAM proof"), "{log}");
     // A verifier in the user file asks for SCRAM under auth_type md5, too, and passes it on.

@@ -6,6 +6,8 @@ mod harness;
 #[cfg(test)]
 mod login;
 #[cfg(test)]
+mod credentials;
+#[cfg(test)]
 mod armed;
 #[cfg(test)]
 mod store;
