@@ -1,9 +1,12 @@
 //! Who the client is: trust, cleartext, md5 and SCRAM against what is known of the user, or its certificate.
 //!
-//! Invariant: an unknown user and a wrong password take the same path and get the same answer; no slow hash runs on
+//! What is known is in the user file, or asked of a server by `auth_query` for users that the file does not name.
+//!
+//! Invariant: nothing that a client says goes into that question but its name, as a parameter; an unknown user and a wrong password take the same path and get the same answer; no slow hash runs on
 //! the event loop; nothing behind the message that is asked for is read from the client.
 
 mod exchange;
+mod lookup;
 mod users;
 
 use crate::backend::Secret;
@@ -15,6 +18,8 @@ use crate::stream::{Peer, Stream};
 use crate::tls::Acceptor;
 
 use exchange::Exchange;
+pub use lookup::Lookup;
+use users::Known;
 pub use users::{UserFileError, Users};
 
 /// A client that proved who it is.
@@ -33,6 +38,8 @@ pub struct Terms<'a> {
     pub method: AuthType,
     /// What is known of users.
     pub users: &'a Users,
+    /// Where the others are looked up; `None`: nowhere.
+    pub lookup: Option<&'a Lookup>,
     /// The side of TLS that has greeted this client.
     pub acceptor: &'a Acceptor,
 }
@@ -43,10 +50,15 @@ pub struct Terms<'a> {
 /// The [`Report`] to send before closing; nothing of it has been written. [`Report::client_gone`] where there is nobody
 /// to send it to.
 pub async fn authenticate(stream: &mut Stream, startup: &Startup, terms: Terms<'_>) -> Result<Identity, Report> {
-    certified(stream, &startup.user, terms)?;
+    let user = &*startup.user;
+    certified(stream, user, terms)?;
+    // Boxed: only clients that are logging in pay for these futures.
+    let known = match terms.lookup.filter(|_| !terms.users.contains(user)) {
+        Some(lookup) => Box::pin(lookup.known(terms.users, user)).await?,
+        None => terms.users.known(user),
+    };
     let mut exchange = Exchange::new(stream);
-    // Boxed: only clients that are logging in pay for this future.
-    let secret = Box::pin(prove(&mut exchange, &startup.user, terms)).await?;
+    let secret = Box::pin(prove(&mut exchange, &known, user, terms)).await?;
     message::put_authentication(&mut exchange.output, &Authentication::Ok);
     exchange.send().await?;
     Ok(Identity { user: startup.user.clone(), secret })
@@ -92,14 +104,13 @@ fn certified(stream: &Stream, user: &[u8], terms: Terms<'_>) -> Result<(), Repor
     }
 }
 
-async fn prove(exchange: &mut Exchange<'_>, user: &[u8], terms: Terms<'_>) -> Result<Secret, Report> {
-    let Terms { method, users, acceptor } = terms;
-    let proven = match method {
-        AuthType::Trust | AuthType::Cert => return users.secret(user).ok_or_else(|| Report::role_does_not_exist(user)),
-        AuthType::Plain => exchange.plain(users, user).await?,
-        AuthType::Md5 if users.demands_scram(user) => exchange.scram(users, user, acceptor).await?,
-        AuthType::Md5 => exchange.md5(users, user).await?,
-        AuthType::Scram => exchange.scram(users, user, acceptor).await?,
+async fn prove(exchange: &mut Exchange<'_>, known: &Known, user: &[u8], terms: Terms<'_>) -> Result<Secret, Report> {
+    let proven = match terms.method {
+        AuthType::Trust | AuthType::Cert => return known.secret().ok_or_else(|| Report::role_does_not_exist(user)),
+        AuthType::Plain => exchange.plain(known, user).await?,
+        AuthType::Md5 if known.demands_scram() => exchange.scram(known, terms.acceptor).await?,
+        AuthType::Md5 => exchange.md5(known, user).await?,
+        AuthType::Scram => exchange.scram(known, terms.acceptor).await?,
     };
     proven.ok_or_else(|| Report::password_authentication_failed(user))
 }

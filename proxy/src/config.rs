@@ -105,6 +105,23 @@ pub enum ClientTls {
     VerifyFull,
 }
 
+/// How users are looked up for one database.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UserLookup<'a> {
+    /// `auth_query`.
+    pub query: &'a str,
+    /// `auth_user`.
+    pub user: &'a str,
+    /// The declared database whose active backend is asked.
+    pub dbname: &'a str,
+}
+
+/// `auth_query` unless the file says otherwise. Every name in it has a schema: whoever may create objects where it runs
+/// can't put others in their place. A secret that is no longer valid is none, and who may not log in is nobody.
+const AUTH_QUERY: &str = "SELECT rolname, CASE WHEN rolvaliduntil OPERATOR(pg_catalog.<) pg_catalog.now() THEN NULL ELSE rolpassword END \
+     FROM pg_catalog.pg_authid \
+     WHERE rolname::pg_catalog.text OPERATOR(pg_catalog.=) $1::pg_catalog.text AND rolcanlogin";
+
 /// The whole checked configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -139,6 +156,12 @@ pub struct General {
     pub auth_type: AuthType,
     /// PgBouncer's user file.
     pub auth_file: Option<PathBuf>,
+    /// What asks a server for a user's name and secret; `$1` is the user's name.
+    pub auth_query: String,
+    /// Who asks it for users that `auth_file` does not name; `None` = nobody does.
+    pub auth_user: Option<String>,
+    /// The declared database that is asked; `None` = the one that the client wants.
+    pub auth_dbname: Option<String>,
     /// Users that may do everything on the admin console.
     pub admin_users: Vec<String>,
     /// Users that may SHOW.
@@ -208,6 +231,12 @@ pub struct Database {
     pub pool_size: Option<u32>,
     /// Override of the connection limit; 0 = no limit.
     pub max_db_connections: Option<u32>,
+    /// Override of `auth_query`.
+    pub auth_query: Option<String>,
+    /// Override of `auth_user`.
+    pub auth_user: Option<String>,
+    /// Override of `auth_dbname`.
+    pub auth_dbname: Option<String>,
     /// Login for decisions and checks.
     pub control: Option<Control>,
     /// Declared servers by name; contains `active`.
@@ -344,6 +373,16 @@ impl Config {
             .unwrap_or(self.general.default_pool_size)
     }
 
+    /// How users of a database are looked up that `auth_file` does not name; `None` where they are not.
+    #[must_use]
+    pub fn user_lookup<'a>(&'a self, database: &'a str) -> Option<UserLookup<'a>> {
+        let (general, own) = (&self.general, self.databases.get(database));
+        let user = own.and_then(|d| d.auth_user.as_deref()).or(general.auth_user.as_deref())?;
+        let query = own.and_then(|d| d.auth_query.as_deref()).unwrap_or(&general.auth_query);
+        let dbname = own.and_then(|d| d.auth_dbname.as_deref()).or(general.auth_dbname.as_deref());
+        Some(UserLookup { query, user, dbname: dbname.unwrap_or(database) })
+    }
+
     /// The same configuration with another `[pgcutover]`.
     ///
     /// # Errors
@@ -356,6 +395,7 @@ impl Config {
 
     fn check(&self) -> Result<(), (String, String)> {
         self.check_general()?;
+        self.check_lookups()?;
         self.databases.iter().try_for_each(|(name, database)| check_database(name, database))
     }
 
@@ -398,6 +438,18 @@ impl Config {
         if matches!(g.client_tls_sslmode, ClientTls::VerifyCa | ClientTls::VerifyFull) && g.client_tls_ca_file.is_none()
         {
             return wrong("client_tls_sslmode", "verify-ca and verify-full need client_tls_ca_file".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Whoever is asked for users has to be there.
+    fn check_lookups(&self) -> Result<(), (String, String)> {
+        let own = self.databases.iter().map(|(name, d)| (format!("databases.{name}"), d.auth_dbname.as_ref()));
+        let all = std::iter::once(("pgcutover".to_owned(), self.general.auth_dbname.as_ref())).chain(own);
+        for (section, dbname) in all {
+            let Some(dbname) = dbname.filter(|name| !self.databases.contains_key(*name)) else { continue };
+            let hint = nearest(dbname, self.databases.keys().map(String::as_str));
+            return Err((format!("{section}.auth_dbname"), format!("'{dbname}' is not a declared database{hint}")));
         }
         Ok(())
     }
@@ -459,6 +511,9 @@ fn general(raw: raw::General, directory: &Path) -> General {
         state_dir: raw.state_dir.unwrap_or_else(|| PathBuf::from("/var/lib/pgcutover")),
         auth_type: raw.auth_type.unwrap_or(AuthType::Scram),
         auth_file: file(raw.auth_file),
+        auth_query: raw.auth_query.unwrap_or_else(|| AUTH_QUERY.to_owned()),
+        auth_user: raw.auth_user,
+        auth_dbname: raw.auth_dbname,
         admin_users: raw.admin_users.unwrap_or_default(),
         stats_users: raw.stats_users.unwrap_or_default(),
         pool_mode: raw.pool_mode.unwrap_or(PoolMode::Session),
@@ -496,6 +551,9 @@ fn database(name: &str, raw: raw::Database) -> Database {
         pool_mode: raw.pool_mode,
         pool_size: raw.pool_size,
         max_db_connections: raw.max_db_connections,
+        auth_query: raw.auth_query,
+        auth_user: raw.auth_user,
+        auth_dbname: raw.auth_dbname,
         control: raw.control_user.map(|user| Control { user, password: raw.control_password }),
         backends: raw
             .backends
@@ -595,6 +653,20 @@ mod tests {
         }
         let good = format!("[pgcutover]\nauth_type = 'cert'\n{tls} 'verify-full'\nclient_tls_ca_file = 'a'\n{SMALL}");
         assert_eq!(parse(&good).unwrap().general.auth_type, AuthType::Cert);
+    }
+
+    #[test]
+    fn users_are_looked_up_where_and_as_whom_the_nearest_setting_says() {
+        let config = parse(&format!("[pgcutover]\nauth_user = 'lookup'\n{SMALL}")).unwrap();
+        let lookup = config.user_lookup("app").unwrap();
+        assert_eq!((lookup.user, lookup.dbname, lookup.query), ("lookup", "app", AUTH_QUERY));
+        let own =
+            SMALL.replace("active =", "auth_user = 'own'\nauth_query = 'SELECT 1, 2'\nauth_dbname = 'app'\nactive =");
+        let config = parse(&format!("[pgcutover]\nauth_user = 'lookup'\n{own}")).unwrap();
+        assert_eq!(config.user_lookup("app"), Some(UserLookup { query: "SELECT 1, 2", user: "own", dbname: "app" }));
+        assert_eq!(parse(SMALL).unwrap().user_lookup("app"), None);
+        let error = parse(&format!("[pgcutover]\nauth_dbname = 'aap'\n{SMALL}")).unwrap_err();
+        assert!(error.contains("pgcutover.auth_dbname") && error.contains("did you mean 'app'?"), "{error}");
     }
 
     const SAMPLE: &str = include_str!("../../config/pgcutover.toml");

@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
 use crate::auth;
-use crate::auth::{Identity, Terms, Users};
+use crate::auth::{Identity, Lookup, Terms, Users};
 use crate::cancel::{Cancels, Issued, Owner};
 use crate::client::{Client, Who};
 use crate::database::{Database, Process};
@@ -189,7 +189,8 @@ async fn enter(stream: &mut Stream, arrival: Arrival, door: &Door) -> Result<Ent
     let config = door.process.config.load_full();
     let place = Place::take(&door.inside, config.general.max_client_conn).ok_or_else(Report::too_many_clients)?;
     let users = door.users.load_full();
-    let terms = Terms { method: config.general.auth_type, users: &users, acceptor: &acceptor };
+    let lookup = Lookup::new(&config, &users, &door.databases.load(), &startup.database);
+    let terms = Terms { method: config.general.auth_type, users: &users, lookup: lookup.as_ref(), acceptor: &acceptor };
     let proof = auth::authenticate(stream, &startup, terms);
     let identity = in_time(deadline, proof).await?;
     let database = known_database(&startup, door)?;
@@ -220,8 +221,9 @@ async fn console(stream: &mut Stream, startup: &Startup, door: &Door, acceptor: 
         auth::welcome_own_process(stream).await?;
     } else {
         let users = door.users.load_full();
-        auth::authenticate(stream, startup, Terms { method: config.general.auth_type, users: &users, acceptor })
-            .await?;
+        // The console belongs to no database that could be asked: its users are in the file.
+        let terms = Terms { method: config.general.auth_type, users: &users, lookup: None, acceptor };
+        auth::authenticate(stream, startup, terms).await?;
     }
     let user = String::from_utf8_lossy(&startup.user).into_owned();
     let rights = if own || config.general.admin_users.contains(&user) {

@@ -5,6 +5,7 @@
 
 mod blockers;
 mod link;
+mod lookup;
 mod names;
 mod pause;
 mod refusal;
@@ -14,6 +15,7 @@ mod verdict;
 mod watch;
 
 pub use blockers::Blocker;
+pub use lookup::Question;
 pub use refusal::{Refusal, Why};
 pub use reload::Change;
 pub use switch::{Switched, SwitchedBy};
@@ -45,6 +47,7 @@ use crate::route::{Active, Durable, Endpoint, Route};
 use crate::tls::{Connector, RootCert};
 
 use link::Link;
+use lookup::Lookups;
 
 /// Switches that are remembered for SHOW SWITCHES.
 const SWITCHES_KEPT: usize = 100;
@@ -98,6 +101,7 @@ pub struct Database {
     admits: AtomicBool,
     switches: Mutex<VecDeque<Switched>>,
     links: Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<Link>>>>,
+    lookups: Lookups,
     /// What each backend said of itself, when its control login last read it.
     identities: Mutex<BTreeMap<String, Identity>>,
     /// The welcome of users that no server has welcomed yet.
@@ -158,6 +162,7 @@ impl Database {
             admits: AtomicBool::new(true),
             switches: Mutex::default(),
             links: Mutex::default(),
+            lookups: Lookups::default(),
             identities: Mutex::default(),
             welcome: ArcSwap::from_pointee(None),
             store_answers: AtomicBool::new(false),

@@ -264,6 +264,20 @@ impl Report {
             .with_hint("The certificate's subject must have exactly one common name (CN), and it must be the user.")
     }
 
+    /// 57P03: nobody answered who this user is; the cause goes to the log.
+    #[must_use]
+    pub fn user_lookup_unanswered() -> Self {
+        let message = "the user could not be looked up: no answer to auth_query";
+        Self::fatal(SqlState::CANNOT_CONNECT_NOW, message, Blame::Source)
+    }
+
+    /// 28000: the question who this user is makes no sense where it was asked; the cause goes to the log.
+    #[must_use]
+    pub fn user_lookup_failed() -> Self {
+        let message = "the user could not be looked up: auth_query failed";
+        Self::fatal(SqlState::INVALID_AUTHORIZATION, message, Blame::Operator).with_hint("The proxy's log says why.")
+    }
+
     /// 28000: the client came without TLS and must not.
     #[must_use]
     pub fn tls_required() -> Self {

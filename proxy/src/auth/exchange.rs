@@ -9,7 +9,7 @@ use bytes::BytesMut;
 use subtle::ConstantTimeEq;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::auth::users::{Stored, Users};
+use crate::auth::users::{Known, Stored};
 use crate::backend::{PassThrough, Password, Secret, md5_hex, md5_stored};
 use crate::frame;
 use crate::message::{self, Authentication, Malformed};
@@ -34,29 +34,29 @@ impl<'a> Exchange<'a> {
     }
 
     /// Cleartext password.
-    pub(super) async fn plain(&mut self, users: &Users, user: &[u8]) -> Result<Option<Secret>, Report> {
+    pub(super) async fn plain(&mut self, known: &Known, user: &[u8]) -> Result<Option<Secret>, Report> {
         let body = self.ask(&Authentication::Cleartext).await?;
         let password = message::password(&body).map_err(malformed)?;
-        match users.stored(user) {
-            Some(Stored::Plain(known)) => {
-                let right = bool::from(password.ct_eq(known.text()));
-                Ok(right.then(|| Secret::Password(Arc::clone(known))))
+        match &known.stored {
+            Some(Stored::Plain(right)) => {
+                let same = bool::from(password.ct_eq(right.text()));
+                Ok(same.then(|| Secret::Password(Arc::clone(right))))
             }
             Some(Stored::Md5(digits)) => {
                 let right = bool::from(md5_stored(password, user).ct_eq(digits));
                 Ok(right.then(|| Secret::Password(Password::new(password))))
             }
             Some(Stored::Scram(verifier)) => accepted(verifier.clone(), password).await,
-            Some(Stored::Nothing) | None => accepted(users.mock(user), password).await,
+            Some(Stored::Nothing) | None => accepted(known.mock.clone(), password).await,
         }
     }
 
     /// PostgreSQL's md5 challenge.
-    pub(super) async fn md5(&mut self, users: &Users, user: &[u8]) -> Result<Option<Secret>, Report> {
+    pub(super) async fn md5(&mut self, known: &Known, user: &[u8]) -> Result<Option<Secret>, Report> {
         let salt = random::<4>()?;
         let body = self.ask(&Authentication::Md5(salt)).await?;
         let answer = message::password(&body).map_err(malformed)?;
-        let (digits, secret) = match users.stored(user) {
+        let (digits, secret) = match &known.stored {
             Some(Stored::Plain(password)) => {
                 (md5_stored(password.text(), user), Some(Secret::Password(Arc::clone(password))))
             }
@@ -70,13 +70,8 @@ impl<'a> Exchange<'a> {
     }
 
     /// SCRAM-SHA-256, and SCRAM-SHA-256-PLUS over TLS.
-    pub(super) async fn scram(
-        &mut self,
-        users: &Users,
-        user: &[u8],
-        acceptor: &Acceptor,
-    ) -> Result<Option<Secret>, Report> {
-        let verifier = self::verifier(users, user).await?;
+    pub(super) async fn scram(&mut self, known: &Known, acceptor: &Acceptor) -> Result<Option<Secret>, Report> {
+        let verifier = self::verifier(known).await?;
         let end_point = acceptor.end_point().filter(|_| self.stream.is_tls());
         // The stronger first, as in PostgreSQL: clients take the first that they know.
         let mechanisms = if end_point.is_some() { vec![MECHANISM_PLUS, MECHANISM] } else { vec![MECHANISM] };
@@ -103,7 +98,7 @@ impl<'a> Exchange<'a> {
             Err(ScramError::WrongProof) => return Ok(None),
             Err(error) => return Err(broken(error)),
         };
-        let secret = match users.stored(user) {
+        let secret = match &known.stored {
             Some(Stored::Scram(_)) => Secret::Scram(Arc::new(PassThrough { keys, verifier })),
             Some(Stored::Plain(password)) => Secret::Password(Arc::clone(password)),
             // Nobody can prove a mock verifier; were it so, it would still prove nothing.
@@ -145,15 +140,15 @@ impl<'a> Exchange<'a> {
 }
 
 /// The verifier that a client has to prove: its own, one made of its plain password, or one that nobody can prove.
-async fn verifier(users: &Users, user: &[u8]) -> Result<Verifier, Report> {
-    let mock = users.mock(user);
-    match users.stored(user) {
+async fn verifier(known: &Known) -> Result<Verifier, Report> {
+    let mock = &known.mock;
+    match &known.stored {
         Some(Stored::Scram(verifier)) => Ok(verifier.clone()),
         Some(Stored::Plain(password)) => {
             let keys = password.keys(&mock.salt, mock.iterations).await.ok_or_else(Report::shutting_down)?;
             Ok(Verifier::of(&keys, &mock.salt, mock.iterations))
         }
-        Some(Stored::Nothing | Stored::Md5(_)) | None => Ok(mock),
+        Some(Stored::Nothing | Stored::Md5(_)) | None => Ok(mock.clone()),
     }
 }
 

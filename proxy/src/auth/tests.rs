@@ -27,7 +27,7 @@ fn users() -> Users {
 /// Without TLS.
 fn terms(method: AuthType, users: &Users) -> Terms<'_> {
     static NONE: std::sync::LazyLock<Acceptor> = std::sync::LazyLock::new(Acceptor::disabled);
-    Terms { method, users, acceptor: &NONE }
+    Terms { method, users, lookup: None, acceptor: &NONE }
 }
 
 fn startup(user: &[u8]) -> Startup {

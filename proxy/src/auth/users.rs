@@ -1,4 +1,4 @@
-//! The user file, in PgBouncer's format.
+//! What is known of users: the user file, in PgBouncer's format, and what servers said in its words.
 //!
 //! Invariant: a file is taken whole or refused with the line that is wrong.
 
@@ -131,29 +131,48 @@ impl Users {
         self.by_name.iter().filter(move |(_, stored)| !usable(stored)).map(|(name, _)| &**name)
     }
 
-    /// What the file alone allows us to say to servers in this user's name; `None` for an unknown user. A SCRAM verifier
-    /// gives [`Secret::None`]: only the client's own login reveals the keys.
+    /// What the file alone allows us to say to servers in this user's name; `None` for an unknown user.
     #[must_use]
     pub fn secret(&self, user: &[u8]) -> Option<Secret> {
-        self.by_name.get(user).map(|stored| match stored {
+        self.known(user).secret()
+    }
+
+    /// What the file says of a user.
+    pub(super) fn known(&self, user: &[u8]) -> Known {
+        Known { stored: self.by_name.get(user).cloned(), mock: Verifier::mock(&self.mock_secret, user) }
+    }
+
+    /// What a server said of a user: its secret, in the forms that the file may have; `None`: there is no such user.
+    /// `Err` for something that begins like a SCRAM verifier and is none.
+    pub(super) fn told(&self, user: &[u8], secret: Option<&[u8]>) -> Result<Known, ()> {
+        let stored = secret.map(|secret| stored(secret).ok_or(())).transpose()?;
+        Ok(Known { stored, mock: Verifier::mock(&self.mock_secret, user) })
+    }
+}
+
+/// What is known of somebody who wants in.
+#[derive(Debug, Clone)]
+pub(super) struct Known {
+    /// `None`: there is no such user.
+    pub(super) stored: Option<Stored>,
+    /// A verifier that nobody can prove. Its salt is also the salt of a plain password, so that the two look alike.
+    pub(super) mock: Verifier,
+}
+
+impl Known {
+    /// What this alone allows us to say to servers in the user's name; `None` for an unknown user. A SCRAM verifier gives
+    /// [`Secret::None`]: only the client's own login reveals the keys.
+    pub(super) fn secret(&self) -> Option<Secret> {
+        self.stored.as_ref().map(|stored| match stored {
             Stored::Nothing | Stored::Scram(_) => Secret::None,
             Stored::Plain(password) => Secret::Password(Arc::clone(password)),
             Stored::Md5(digits) => Secret::Md5(*digits),
         })
     }
 
-    pub(super) fn stored(&self, user: &[u8]) -> Option<&Stored> {
-        self.by_name.get(user)
-    }
-
     /// Whether only SCRAM can prove this user, whatever method is configured: PostgreSQL's rule for `md5`.
-    pub(super) fn demands_scram(&self, user: &[u8]) -> bool {
-        matches!(self.by_name.get(user), Some(Stored::Scram(_)))
-    }
-
-    /// A verifier that nobody can prove. Its salt is also the salt of a plain password, so that the two look alike.
-    pub(super) fn mock(&self, user: &[u8]) -> Verifier {
-        Verifier::mock(&self.mock_secret, user)
+    pub(super) fn demands_scram(&self) -> bool {
+        matches!(self.stored, Some(Stored::Scram(_)))
     }
 }
 

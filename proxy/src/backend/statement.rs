@@ -19,6 +19,12 @@ const ANSWER_BYTES_MAX: usize = 16 << 20;
 pub struct Row(Vec<Option<Bytes>>);
 
 impl Row {
+    /// How many columns it has.
+    #[must_use]
+    pub fn columns(&self) -> usize {
+        self.0.len()
+    }
+
     /// A column from 0; `None` for NULL, for a column that is not there, and for bytes that are not UTF-8.
     #[must_use]
     pub fn text(&self, column: usize) -> Option<&str> {

@@ -174,6 +174,7 @@ impl Change<'_> {
         }
         // The control login may be another one.
         lock(&database.links).clear();
+        database.lookups.close_idle();
         database.declared.store(Arc::new(self.declared));
     }
 }

@@ -227,6 +227,7 @@ impl Database {
             tracing::error!(database = %self.name(), %error, "ALARM: the route was switched and could not be written down");
         }
         self.pools().iter().for_each(|pool| pool.adopt_prewarmed(leap.to));
+        self.lookups.close_idle();
         self.record(&from, &leap);
         tracing::info!(database = %self.name(), from, to = leap.to, epoch = %leap.epoch, by = ?leap.by, "switched");
     }

@@ -64,6 +64,9 @@ settings! {
     state_dir: directory, restart;
     auth_type: auth_type, reload;
     auth_file: file, reload;
+    auth_query: plain, reload;
+    auth_user: optional, reload;
+    auth_dbname: optional, reload;
     admin_users: list, reload;
     stats_users: list, reload;
     pool_mode: pool_mode, set pool_mode_of;

@@ -286,10 +286,11 @@ async fn a_cancel_has_been_sent_when_it_returns() {
 async fn front(stream: Stream, acceptor: &Acceptor, method: AuthType, users: &Users, server: &Address) {
     let (mut stream, hello) = handshake::greet(stream, acceptor, soon()).await.unwrap();
     let Hello::Session(startup) = hello else { return };
-    let identity = match auth::authenticate(&mut stream, &startup, Terms { method, users, acceptor }).await {
-        Ok(identity) => identity,
-        Err(report) => return stream.refuse(&report).await,
-    };
+    let identity =
+        match auth::authenticate(&mut stream, &startup, Terms { method, users, lookup: None, acceptor }).await {
+            Ok(identity) => identity,
+            Err(report) => return stream.refuse(&report).await,
+        };
     let login = Login { user: identity.user, secret: identity.secret, settings: startup.settings };
     let mut connection = match backend::connect(server, &login, soon()).await {
         Ok(connection) => connection,

@@ -8,6 +8,8 @@ mod login;
 #[cfg(test)]
 mod credentials;
 #[cfg(test)]
+mod auth_query;
+#[cfg(test)]
 mod armed;
 #[cfg(test)]
 mod store;
