@@ -3,6 +3,7 @@
 //! Invariant: a [`ServerConnection`] that a caller holds has read its first ReadyForQuery; `rest` is what the last one
 //! said, and [`Rest::Busy`] from the first byte of a request of ours until its ReadyForQuery. At rest it owns no buffer.
 
+mod batch;
 mod dial;
 mod login;
 mod statement;
@@ -24,6 +25,7 @@ use crate::scram::{self, Keys};
 use crate::stream::{Peer, Stream};
 use crate::tls::Connector;
 
+pub use batch::{Answer, Asides, Batch, Column, Described};
 pub(crate) use login::{md5_hex, md5_stored};
 pub use statement::{Row, ServerError};
 
@@ -198,6 +200,10 @@ pub struct ServerConnection {
     pub input: BytesMut,
     /// Bytes to be written; empty at rest.
     pub output: BytesMut,
+    /// Whole messages for the client that came aside (notices, notifications, settings) while a session's own state was
+    /// read or restored: whoever relays to the client sends them first and leaves this empty. Other statements of ours
+    /// keep nothing here.
+    pub asides: BytesMut,
 }
 
 /// Which part of connecting failed.
@@ -335,6 +341,7 @@ impl ServerConnection {
             opened_at: Instant::now(),
             input: BytesMut::new(),
             output: BytesMut::new(),
+            asides: BytesMut::new(),
         }
     }
 

@@ -23,6 +23,7 @@ pub mod pool;
 pub mod gate;
 pub mod route;
 pub mod client;
+pub mod transplant;
 pub mod backend;
 pub mod resolver;
 pub mod parameters;

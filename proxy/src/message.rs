@@ -11,13 +11,15 @@ mod write;
 use thiserror::Error;
 
 pub use read::{
-    authentication, backend_key_data, data_row, first_packet, negotiate_protocol_version, notice, options,
-    parameter_status, password, ready_for_query, row_description, sasl_initial_response, startup_pairs,
+    ColumnRef, authentication, backend_key_data, columns, data_row, first_packet, negotiate_protocol_version, notice,
+    options, parameter_description, parameter_status, password, ready_for_query, row_description,
+    sasl_initial_response, startup_pairs,
 };
 pub use write::{
-    put, put_authentication, put_backend_key_data, put_cancel_request, put_cstring, put_negotiate_protocol_version,
-    put_parameter_status, put_password, put_query, put_ready_for_query, put_sasl_initial_response, put_sasl_response,
-    put_ssl_request, put_startup, put_statement,
+    put, put_authentication, put_backend_key_data, put_bind_execute, put_cancel_request, put_close, put_cstring,
+    put_describe, put_negotiate_protocol_version, put_parameter_status, put_parse, put_password, put_query,
+    put_ready_for_query, put_sasl_initial_response, put_sasl_response, put_ssl_request, put_startup, put_statement,
+    put_sync,
 };
 
 /// The request code of an SSLRequest.

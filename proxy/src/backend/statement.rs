@@ -150,12 +150,12 @@ impl ServerConnection {
     }
 }
 
-fn row(body: &Bytes) -> Result<Row, WireError> {
+pub(super) fn row(body: &Bytes) -> Result<Row, WireError> {
     let values = message::data_row(body)?;
     Ok(Row(values.into_iter().map(|value| value.map(|bytes| body.slice_ref(bytes))).collect()))
 }
 
-fn refusal(body: &[u8]) -> ServerError {
+pub(super) fn refusal(body: &[u8]) -> ServerError {
     let notice = message::notice(body);
     ServerError::Refused {
         sqlstate: SqlState::parse(notice.sqlstate).unwrap_or(SqlState::INTERNAL_ERROR),

@@ -41,6 +41,10 @@ impl<'a> Reader<'a> {
         self.array().map(i32::from_be_bytes)
     }
 
+    fn u32(&mut self) -> Result<u32, Malformed> {
+        self.array().map(u32::from_be_bytes)
+    }
+
     fn i16(&mut self) -> Result<i16, Malformed> {
         self.array().map(i16::from_be_bytes)
     }
@@ -300,6 +304,50 @@ pub fn row_description(body: &[u8]) -> Result<Vec<&[u8]>, Malformed> {
         reader.bytes(FIXED_BYTES)?;
     }
     reader.end().map(|()| names)
+}
+
+/// A column as a RowDescription tells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ColumnRef<'a> {
+    /// Its name.
+    pub name: &'a [u8],
+    /// The OID of its type.
+    pub type_oid: u32,
+    /// The type's modifier; -1: none.
+    pub modifier: i32,
+}
+
+/// The columns in a RowDescription.
+///
+/// # Errors
+/// [`Malformed`].
+pub fn columns(body: &[u8]) -> Result<Vec<ColumnRef<'_>>, Malformed> {
+    let mut reader = Reader::new("RowDescription", body);
+    let count = reader.count()?;
+    let mut columns = Vec::with_capacity(count);
+    for _ in 0..count {
+        let name = reader.cstring()?;
+        // Table oid and column; behind the type oid its length, behind the modifier the format.
+        reader.bytes(4 + 2)?;
+        let type_oid = reader.u32()?;
+        reader.bytes(2)?;
+        let modifier = reader.i32()?;
+        reader.bytes(2)?;
+        columns.push(ColumnRef { name, type_oid, modifier });
+    }
+    reader.end().map(|()| columns)
+}
+
+/// The OIDs of a statement's parameter types, of a ParameterDescription.
+///
+/// # Errors
+/// [`Malformed`].
+pub fn parameter_description(body: &[u8]) -> Result<Vec<u32>, Malformed> {
+    let mut reader = Reader::new("ParameterDescription", body);
+    // A statement may have 65,535: the count is unsigned here, and not what the allocation trusts.
+    let count = u16::from_be_bytes(reader.array()?);
+    let types = (0..count).map(|_| reader.u32()).collect::<Result<Vec<_>, _>>()?;
+    reader.end().map(|()| types)
 }
 
 /// The values of a DataRow; `None` is NULL.

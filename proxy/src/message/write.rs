@@ -172,3 +172,58 @@ pub fn put_statement(out: &mut BytesMut, sql: &[u8], params: &[Option<&str>]) {
     });
     put(out, b'S', |_| {});
 }
+
+/// Writes a Parse with the OIDs of all parameter types, or none: the server infers them.
+pub fn put_parse(out: &mut BytesMut, name: &[u8], sql: &[u8], types: &[u32]) {
+    put(out, b'P', |out| {
+        put_cstring(out, name);
+        put_cstring(out, sql);
+        // A server that told so many types told them with the same 16 bits.
+        out.put_u16(u16::try_from(types.len()).unwrap_or(u16::MAX));
+        types.iter().for_each(|oid| out.put_u32(*oid));
+    });
+}
+
+/// Writes Bind and Execute of a statement, on a portal of its name: text parameters in, text rows out.
+pub fn put_bind_execute(out: &mut BytesMut, name: &[u8], params: &[&[u8]]) {
+    put(out, b'B', |out| {
+        put_cstring(out, name);
+        put_cstring(out, name);
+        out.put_i16(0);
+        out.put_i16(i16::try_from(params.len()).unwrap_or(i16::MAX));
+        for param in params {
+            out.put_i32(i32::try_from(param.len()).unwrap_or(i32::MAX));
+            out.put_slice(param);
+        }
+        out.put_i16(0);
+    });
+    put(out, b'E', |out| {
+        put_cstring(out, name);
+        out.put_i32(0);
+    });
+    put(out, b'C', |out| {
+        out.put_u8(b'P');
+        put_cstring(out, name);
+    });
+}
+
+/// Writes a Describe of a statement.
+pub fn put_describe(out: &mut BytesMut, name: &[u8]) {
+    put(out, b'D', |out| {
+        out.put_u8(b'S');
+        put_cstring(out, name);
+    });
+}
+
+/// Writes a Close of a statement.
+pub fn put_close(out: &mut BytesMut, name: &[u8]) {
+    put(out, b'C', |out| {
+        out.put_u8(b'S');
+        put_cstring(out, name);
+    });
+}
+
+/// Writes a Sync.
+pub fn put_sync(out: &mut BytesMut) {
+    put(out, b'S', |_| {});
+}

@@ -1,0 +1,138 @@
+//! Moves what a session is made of from its old server to a new one: read, said again, compared.
+//!
+//! Invariant: what is not known to be restorable is refused with its [`Reason`]; a refusal changes nothing on the old
+//! server. The new connection is of no use to anyone else once a restore has begun, whatever came of it.
+
+mod prepare;
+mod probe;
+mod reason;
+mod restore;
+mod snapshot;
+
+use thiserror::Error;
+use tokio::time::Instant;
+
+use crate::backend::ServerConnection;
+use crate::backend::ServerError;
+
+pub use reason::{NotMovable, Reason};
+pub use snapshot::Snapshot;
+
+/// What the prober has to be told, because no server can say it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Hints {
+    /// Names of custom settings (`myapp.user_id`) that are to move: configured, and seen in `SET`.
+    pub custom_settings: Vec<Box<[u8]>>,
+    /// What speaks against any session of this database: of [`survey`], once per attempt.
+    pub database: Vec<Reason>,
+    /// What only the wire has seen of this session.
+    pub seen: Seen,
+}
+
+/// What went over a session's wire since its login and can't be read from a server.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Whatever forbids a move by itself: [`Reason::Load`], [`Reason::SessionAuthorization`], [`Reason::FunctionCall`],
+    /// [`Reason::RandomSeed`], [`Reason::DynamicSetting`].
+    pub reasons: Vec<Reason>,
+    /// The server has reported another standard_conforming_strings, DateStyle, IntervalStyle or TimeZone than at login
+    /// (all four are reported, so the wire misses none); statements may have been parsed under either.
+    pub parse_settings: ParseSettings,
+    /// Calls of functions that take session advisory locks.
+    pub lock_calls: LockCalls,
+    /// The text of the last Parse of the unnamed statement. The server says whether it is still alive; where it is and
+    /// this is `None` the session stays.
+    pub unnamed: Option<Box<[u8]>>,
+}
+
+/// Whether all statements of a session were parsed under the same settings.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ParseSettings {
+    /// No report since the login differed from it.
+    #[default]
+    Unchanged,
+    /// One did, also if it has been set back since.
+    Changed,
+}
+
+/// How often a session advisory lock was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LockCalls {
+    /// So many calls, each for one lock with a key that is no OID (not `regclass`).
+    Counted(u32),
+    /// Unknown: repeated by a prepared statement, over rows, in a function, or with a key computed from an OID.
+    Unclear,
+}
+
+impl Default for LockCalls {
+    fn default() -> Self {
+        Self::Counted(0)
+    }
+}
+
+/// Why a session has no successor on the new server.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum RestoreError {
+    /// The new server can't give what the old one has; `detail` names it (for the operator: may hold settings' values).
+    #[error("{}: {detail}", reason.text())]
+    Differs {
+        /// Which kind.
+        reason: Reason,
+        /// The statement, setting, type, lock …
+        detail: String,
+    },
+    /// The new server refused or failed.
+    #[error("{0}")]
+    Server(#[from] ServerError),
+}
+
+impl RestoreError {
+    /// What to show for it.
+    #[must_use]
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Differs { reason, detail: _ } => *reason,
+            Self::Server(_) => Reason::Server,
+        }
+    }
+}
+
+/// What speaks against moving any session of the database that `server` is connected to.
+///
+/// # Errors
+/// [`ServerError`].
+pub async fn survey(server: &mut ServerConnection, deadline: Instant) -> Result<Vec<Reason>, ServerError> {
+    probe::survey(server, deadline).await
+}
+
+/// Reads what a session is made of, between two transactions; leaves no trace in it. What the server says aside
+/// meanwhile is kept in [`ServerConnection::asides`] for the client. Not cancel safe: finish it or drop the connection.
+///
+/// # Errors
+/// [`ServerError::Broken`] and [`ServerError::Timeout`]: the old connection is lost. A refused statement is no error
+/// but a [`NotMovable`].
+pub async fn probe(
+    server: &mut ServerConnection,
+    hints: &Hints,
+    deadline: Instant,
+) -> Result<Result<Snapshot, NotMovable>, ServerError> {
+    // Boxed: the future is large, and waits inside others that are many.
+    match Box::pin(probe::read(server, hints, deadline)).await {
+        Ok(snapshot) => Ok(Ok(snapshot)),
+        Err(probe::Failure::Stays(why)) => Ok(Err(why)),
+        Err(probe::Failure::Lost(error)) => Err(error),
+    }
+}
+
+/// Says all of a snapshot to a fresh connection of the same login, and compares. Notifications that come meanwhile are
+/// kept in [`ServerConnection::asides`]. Not cancel safe.
+///
+/// # Errors
+/// [`RestoreError`]: the caller closes this connection, the session goes on where it was.
+pub async fn restore(
+    server: &mut ServerConnection,
+    snapshot: &Snapshot,
+    deadline: Instant,
+) -> Result<(), RestoreError> {
+    Box::pin(restore::write(server, snapshot, deadline)).await
+}
