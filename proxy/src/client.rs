@@ -48,6 +48,7 @@ pub struct Client {
     state_since_us: AtomicU64,
     application_name: Mutex<Box<str>>,
     link: Mutex<Option<Arc<Server>>>,
+    look: Mutex<Look>,
     orders: AtomicU8,
     waker: AtomicWaker,
 }
@@ -76,6 +77,20 @@ pub enum Order {
     Kill = 2,
     /// End when at rest.
     Leave = 4,
+    /// Run the errand that was left for it, when next between two transactions.
+    Errand = 8,
+}
+
+/// What a look at a session found, for the question whether it could be moved.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Look {
+    /// Nobody has looked.
+    #[default]
+    None,
+    /// Nothing kept it where it is.
+    Movable,
+    /// It stays, for these reasons.
+    Stays(Box<str>),
 }
 
 /// What others know of a server connection.
@@ -124,6 +139,7 @@ impl Client {
             state_since_us: AtomicU64::new(0),
             application_name: Mutex::new(application_name.into()),
             link: Mutex::new(None),
+            look: Mutex::default(),
             orders: AtomicU8::new(0),
             waker: AtomicWaker::new(),
         })
@@ -168,6 +184,25 @@ impl Client {
     pub fn link(&self, server: &Arc<Server>) {
         server.client.store(self.who.id, Ordering::Relaxed);
         *lock(&self.link) = Some(Arc::clone(server));
+    }
+
+    /// Links it to another server connection at once: a cancel finds the one or the other.
+    pub fn relink(&self, server: &Arc<Server>) {
+        server.client.store(self.who.id, Ordering::Relaxed);
+        if let Some(former) = lock(&self.link).replace(Arc::clone(server)) {
+            former.client.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// What the last look at its session found.
+    #[must_use]
+    pub fn look(&self) -> Look {
+        lock(&self.look).clone()
+    }
+
+    /// Takes note of a look.
+    pub fn looked(&self, look: Look) {
+        *lock(&self.look) = look;
     }
 
     /// Ends the link. From here on no new cancel goes to that server for this client.

@@ -356,6 +356,7 @@ async fn session(admitted: Box<(Stream, Entry)>, door: &Door, worker: usize) {
         up: None,
         down: None,
         kept: None,
+        overheard: None,
     };
     match session.run().await {
         Farewell::Terminated => tracing::debug!(id, "client left"),

@@ -186,6 +186,7 @@ fn is_harmless(command: &Command) -> bool {
         | Command::PauseWith(_)
         | Command::PrepareSwitch(_)
         | Command::Switch(_)
+        | Command::Transplant(_)
         | Command::Resume(_)
         | Command::ResumeWith(_)
         | Command::Renew(_)

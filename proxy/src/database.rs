@@ -11,6 +11,7 @@ mod pause;
 mod refusal;
 mod reload;
 mod switch;
+mod transplant;
 mod verdict;
 mod watch;
 
@@ -19,6 +20,7 @@ pub use lookup::Question;
 pub use refusal::{Refusal, Why};
 pub use reload::Change;
 pub use switch::{Switched, SwitchedBy};
+pub use transplant::Transplanted;
 pub use watch::watch;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -38,7 +40,7 @@ use crate::config::Config;
 use crate::gate::Gate;
 use crate::metrics::Events;
 use crate::parameters::Reported;
-use crate::pool::{Pool, Site, Tally};
+use crate::pool::{Errands, Pool, Site, Tally};
 use crate::resolver::Name as HostName;
 use crate::resolver::Registry;
 use crate::resolver::Resolver;
@@ -48,6 +50,7 @@ use crate::tls::{Connector, RootCert};
 
 use link::Link;
 use lookup::Lookups;
+use transplant::Successors;
 
 /// Switches that are remembered for SHOW SWITCHES.
 const SWITCHES_KEPT: usize = 100;
@@ -110,6 +113,8 @@ pub struct Database {
     store_answers: AtomicBool,
     /// One change of the route at a time.
     moving: tokio::sync::Mutex<()>,
+    /// Copies of live sessions, until a switch gives them to their clients or the pause ends.
+    successors: Mutex<Option<Successors>>,
 }
 
 impl Database {
@@ -151,6 +156,7 @@ impl Database {
             events: Arc::clone(&process.events),
             connections: Arc::default(),
             servers: Mutex::default(),
+            errands: Errands::default(),
         });
         Ok(Arc::new(Self {
             site,
@@ -167,6 +173,7 @@ impl Database {
             welcome: ArcSwap::from_pointee(None),
             store_answers: AtomicBool::new(false),
             moving: tokio::sync::Mutex::default(),
+            successors: Mutex::default(),
         }))
     }
 

@@ -38,6 +38,11 @@ impl Settings {
         self.find(name).ok().map(|index| &*self.0[index].1)
     }
 
+    /// The names, in order.
+    pub fn names(&self) -> impl Iterator<Item = &[u8]> {
+        self.0.iter().map(|(name, _)| &**name)
+    }
+
     /// Sets one.
     pub fn set(&mut self, name: Box<[u8]>, value: Box<[u8]>) {
         match self.find(&name) {

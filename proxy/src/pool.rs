@@ -5,10 +5,12 @@
 //! waiter on the releasing worker may overtake a bounded number of tickets, which saves a wake-up across threads.
 
 mod connection;
+mod errand;
 mod limits;
 mod prewarm;
 
 pub use connection::{Place, Pooled};
+pub use errand::{Errand, Errands, Probed, Successor};
 pub use limits::Tally;
 pub use prewarm::{Prewarmed, Verdict};
 
@@ -59,6 +61,8 @@ pub struct Site {
     pub connections: Arc<Tally>,
     /// Every server connection, for SHOW SERVERS.
     pub servers: Mutex<BTreeMap<u64, Weak<Server>>>,
+    /// What sessions are asked to do.
+    pub errands: Errands,
 }
 
 impl Site {

@@ -5,9 +5,11 @@
 //! or task per message; one write per readable batch.
 
 mod buffer;
+mod overheard;
 
 use buffer::WHOLE_BYTES_MAX;
 pub use buffer::{Buffer, Read};
+pub use overheard::{Hazard, Overheard, Parsing};
 
 use std::io;
 use std::task::{Context, Poll};
@@ -51,6 +53,8 @@ pub struct Relay<'a, S> {
     pub shut: &'a S,
     /// What may pass.
     pub statements: Statements,
+    /// Takes note of what a session is made of; for a client that keeps its server.
+    pub overheard: Option<&'a mut Overheard>,
     /// Settings that the server reported on the way, in order.
     pub reported: Vec<Pair>,
     /// Bytes moved.
@@ -170,8 +174,12 @@ impl<S: ShutSignal> Relay<'_, S> {
                     None => return Scan::Dry,
                 }
             }
+            if !self.overhears(header) {
+                return Scan::Dry;
+            }
             match self.tracker.frontend(header.tag, shut) {
                 Front::Forward => {
+                    self.overhear(header);
                     self.moved.queries += u64::from(matches!(header.tag, b'Q' | b'E' | b'F'));
                     self.up.send(header);
                 }
@@ -192,6 +200,22 @@ impl<S: ShutSignal> Relay<'_, S> {
             return Some(false); // Malformed: the server says so.
         }
         self.up.pending().get(HEADER_BYTES).map(|first| *first != 0)
+    }
+
+    /// Whether the message is here as far as it has to be overheard. A server, too, acts on it only when it is whole.
+    fn overhears(&mut self, header: Header) -> bool {
+        let text = matches!(header.tag, b'Q' | b'P') && header.total_bytes <= WHOLE_BYTES_MAX;
+        self.overheard.is_none() || !text || self.up.holds(header.total_bytes)
+    }
+
+    fn overhear(&mut self, header: Header) {
+        let Some(overheard) = self.overheard.as_mut() else { return };
+        match self.up.pending().get(HEADER_BYTES..header.total_bytes) {
+            Some(body) => overheard.request(header.tag, body),
+            // Too long for a text; of any other message the type says enough.
+            None if matches!(header.tag, b'Q' | b'P') => overheard.unread(header.tag),
+            None => overheard.request(header.tag, &[]),
+        }
     }
 
     /// Server to client until one of the two would block.
@@ -233,6 +257,11 @@ impl<S: ShutSignal> Relay<'_, S> {
             if self.tracker.at_rest() {
                 return Scan::Dry;
             }
+            if matches!(header.tag, b'E' | b'Z')
+                && let Some(overheard) = self.overheard.as_mut()
+            {
+                overheard.answer(header.tag);
+            }
             match header.tag {
                 b'S' if header.total_bytes > WHOLE_BYTES_MAX => {
                     return Scan::End(End::ServerNonsense("ParameterStatus without end".to_owned()));
@@ -245,7 +274,12 @@ impl<S: ShutSignal> Relay<'_, S> {
                 b'S' => {
                     let body = &self.down.pending()[HEADER_BYTES..header.total_bytes];
                     match message::parameter_status(body) {
-                        Ok((name, value)) => self.reported.push((name.into(), value.into())),
+                        Ok((name, value)) => {
+                            if let Some(overheard) = self.overheard.as_mut() {
+                                overheard.reported(name);
+                            }
+                            self.reported.push((name.into(), value.into()));
+                        }
                         Err(error) => return Scan::End(End::ServerNonsense(error.to_string())),
                     }
                 }

@@ -4,6 +4,7 @@
 //! connection is only used under a pass. A session is an owned value: at rest it can give up its server connection and
 //! take another. What was read from the client is answered or refused, never lost.
 
+mod errand;
 mod refuse;
 mod wait;
 
@@ -22,7 +23,7 @@ use crate::metrics::Meter;
 use crate::parameters;
 use crate::parameters::{Reported, Settings};
 use crate::pool::{Kept, Lease, NoServer, Pool};
-use crate::relay::{Buffer, End, Moved, Read, Relay, Statements};
+use crate::relay::{Buffer, End, Moved, Overheard, Read, Relay, Statements};
 use crate::report::{Report, Severity};
 use crate::stream::Stream;
 use crate::tracker::Tracker;
@@ -55,6 +56,17 @@ pub struct Session {
     pub down: Option<Buffer>,
     /// A session-pooled client's server connection.
     pub kept: Option<Box<Kept>>,
+    /// What its texts told since it keeps a server connection.
+    pub overheard: Option<Box<Overheard>>,
+}
+
+/// What ends a wait for the client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Begun {
+    /// A message that needs a server.
+    Statement,
+    /// Somebody left an errand.
+    Errand,
 }
 
 /// How a session ended.
@@ -74,10 +86,12 @@ impl Session {
     /// Serves the client. Ended by the client, by a lost server connection, or by an order.
     pub async fn run(&mut self) -> Farewell {
         let farewell = loop {
-            if let Err(farewell) = std::future::poll_fn(|cx| self.poll_begin(cx)).await {
-                break farewell;
-            }
-            if let Err(farewell) = self.transaction().await {
+            let outcome = match std::future::poll_fn(|cx| self.poll_begin(cx)).await {
+                Ok(Begun::Statement) => self.transaction().await,
+                Ok(Begun::Errand) => Box::pin(self.run_errand()).await,
+                Err(farewell) => Err(farewell),
+            };
+            if let Err(farewell) = outcome {
                 break farewell;
             }
         };
@@ -118,6 +132,13 @@ impl Session {
                     None => return Ok(None),
                 },
             };
+            if self.is_stray() {
+                // Its copy is on its way, or there is none.
+                Box::pin(self.run_errand()).await?;
+                if self.is_stray() {
+                    return Err(Farewell::Refused(Box::new(Report::admin_shutdown())));
+                }
+            }
             if let Some(kept) = self.kept.take() {
                 return Ok(Some(kept.begin(pass)));
             }
@@ -155,6 +176,10 @@ impl Session {
             statements: match self.client.who.pool_mode {
                 PoolMode::Session => Statements::Kept,
                 PoolMode::Transaction => Statements::Unnamed,
+            },
+            overheard: match self.client.who.pool_mode {
+                PoolMode::Session => Some(self.overheard.get_or_insert_default()),
+                PoolMode::Transaction => None,
             },
             reported: Vec::new(),
             moved: Moved::default(),
@@ -259,18 +284,22 @@ impl Session {
     }
 
     /// Waits until a statement begins. Owns no buffer while nothing has come.
-    fn poll_begin(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Farewell>> {
+    fn poll_begin(&mut self, cx: &mut Context<'_>) -> Poll<Result<Begun, Farewell>> {
         // A cancel that comes at rest is about nothing.
         self.client.forget(Order::Cancel);
-        if self.client.poll_order(cx, &[Order::Kill, Order::Leave]).is_ready() {
-            return Poll::Ready(Err(Farewell::Refused(Box::new(Report::admin_shutdown()))));
+        match self.client.poll_order(cx, &[Order::Kill, Order::Leave, Order::Errand]) {
+            Poll::Ready(Order::Errand) => return Poll::Ready(Ok(Begun::Errand)),
+            Poll::Ready(Order::Kill | Order::Leave | Order::Cancel) => {
+                return Poll::Ready(Err(Farewell::Refused(Box::new(Report::admin_shutdown()))));
+            }
+            Poll::Pending => {}
         }
         if let Err(farewell) = self.poll_gossip(cx) {
             return Poll::Ready(Err(farewell));
         }
         loop {
             if let Some(first) = self.first_message() {
-                return Poll::Ready(first);
+                return Poll::Ready(first.map(|()| Begun::Statement));
             }
             if self.up.is_none() {
                 std::task::ready!(self.stream.poll_readable(cx)).map_err(Farewell::ClientGone)?;

@@ -49,7 +49,7 @@ pub async fn open_transactions(scene: &Scene) -> Result<Vec<Old>, ClusterError> 
 /// Waits for calm.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     let until = tokio::time::Instant::now() + PATIENCE;
-    transplanted::verify(scene).await?;
+    transplanted::foresee(scene).await?;
     loop {
         let (facts, storms) = look(scene).await?;
         if storms.is_empty() {

@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::finding::Finding;
 use crate::preflight::{self, Control, Inquiry, Limits, LoginVerdict, OidChange, ProxyBackend, ProxyFacts, Verdict};
 use crate::proxies::{Fleet, Proxy, ProxyError};
-use crate::steps::StepError;
+use crate::steps::{StepError, transplanted};
 
 /// One question of preflight: catalogues of thousands of tables take a second.
 const QUESTION: Duration = Duration::from_secs(15);
@@ -39,7 +39,12 @@ pub async fn inspect(config: &Config, clusters: &Clusters, fleet: &Fleet) -> Res
         limit: QUESTION,
     };
     let facts = preflight::gather(clusters, &inquiry).await?;
-    Ok(preflight::checks(&facts))
+    let mut findings = preflight::checks(&facts);
+    // PREPARE SWITCH has looked at them.
+    for (proxy, sessions) in fleet.all(|proxy| proxy.sessions(&config.database)).await? {
+        findings.extend(transplanted::tied(proxy, &sessions));
+    }
+    Ok(findings)
 }
 
 async fn of_proxy(config: &Config, proxy: &Proxy) -> Result<ProxyFacts, ProxyError> {

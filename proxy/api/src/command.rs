@@ -45,6 +45,8 @@ pub enum Command {
     PrepareSwitch(PrepareSwitch),
     /// `SWITCH db TO backend WITH (run '…', epoch n | force)`.
     Switch(Switch),
+    /// `TRANSPLANT db TO backend WITH (run '…', epoch n | force)`.
+    Transplant(Transplant),
     /// `RESUME [db]`: ends PgBouncer's kind of pause.
     Resume(Scope),
     /// `RESUME db WITH (run '…', epoch n | force)`.
@@ -280,6 +282,17 @@ pub struct Switch {
     pub warrant: Warrant,
 }
 
+/// `TRANSPLANT db TO backend WITH (…)`: live sessions are copied to a backend, all or none, before SWITCH adopts them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Transplant {
+    /// The route name.
+    pub database: String,
+    /// The backend that gets the copies.
+    pub backend: String,
+    /// By what right.
+    pub warrant: Warrant,
+}
+
 /// `RESUME db WITH (…)`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ResumeWith {
@@ -324,6 +337,7 @@ impl Command {
             Self::Pause(_) | Self::PauseWith(_) => "PAUSE",
             Self::PrepareSwitch(_) => "PREPARE",
             Self::Switch(_) => "SWITCH",
+            Self::Transplant(_) => "TRANSPLANT",
             Self::Resume(_) | Self::ResumeWith(_) => "RESUME",
             Self::Renew(_) => "RENEW",
             Self::Reconnect(_) => "RECONNECT",
@@ -340,9 +354,12 @@ impl Command {
     /// Whether PgBouncer has this command too: its failures then carry PgBouncer's SQLSTATE.
     pub fn is_pgbouncers(&self) -> bool {
         match self {
-            Self::PauseWith(_) | Self::PrepareSwitch(_) | Self::Switch(_) | Self::ResumeWith(_) | Self::Renew(_) => {
-                false
-            }
+            Self::PauseWith(_)
+            | Self::PrepareSwitch(_)
+            | Self::Switch(_)
+            | Self::Transplant(_)
+            | Self::ResumeWith(_)
+            | Self::Renew(_) => false,
             Self::Show(Show::Blockers(_)) => false,
             Self::Show(Show::Table(table)) => {
                 !matches!(table, Table::Gates | Table::Backends | Table::Sessions | Table::Switches)

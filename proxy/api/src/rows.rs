@@ -204,7 +204,7 @@ macro_rules! word_cells {
         }
     )+ };
 }
-word_cells! { YesNo, GateState, PoolMode, SessionState, BlockerReason, SwitchHow, Verdict, crate::command::Mode }
+word_cells! { YesNo, GateState, PoolMode, SessionState, BlockerReason, SwitchHow, Verdict, Fate, crate::command::Mode }
 
 words! {
     /// A yes or no.
@@ -299,6 +299,16 @@ words! {
         Refused = "refused",
         /// Nobody knows: no stored key for that user, or no answer in time.
         Unknown = "unknown",
+    }
+}
+
+words! {
+    /// What became of a session that was to be moved.
+    Fate {
+        /// Its copy stands ready on the new backend.
+        Moved = "moved",
+        /// It has none.
+        Refused = "refused",
     }
 }
 
@@ -474,6 +484,22 @@ rows! {
         held_clients: u32,
         /// From the gate's shutting to its opening; NULL: still shut.
         pause_ms: Option<Duration>,
+    }
+
+    /// TRANSPLANT: one row per session that keeps its server; all are moved or none.
+    TransplantRow {
+        /// The `id` of SHOW CLIENTS.
+        client_id: u64,
+        /// The client's user.
+        user: String,
+        /// What became of it.
+        verdict: Fate,
+        /// Why not.
+        reason: String,
+        /// How long reading it took, in microseconds.
+        probe_us: u64,
+        /// How long restoring it took, in microseconds.
+        restore_us: u64,
     }
 
     /// PREPARE SWITCH: one row per user.

@@ -7,8 +7,10 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 
-use pgcutover_api::command::{PauseWith, PrepareSwitch, Renew, ResumeWith, Scope, Shutdown, Switch};
-use pgcutover_api::rows::{BackendRow, BlockerRow, GateRow, PoolMode, PrepareRow, SessionRow, SwitchRow, YesNo};
+use pgcutover_api::command::{PauseWith, PrepareSwitch, Renew, ResumeWith, Scope, Shutdown, Switch, Transplant};
+use pgcutover_api::rows::{
+    BackendRow, BlockerRow, GateRow, PoolMode, PrepareRow, SessionRow, SwitchRow, TransplantRow, YesNo,
+};
 
 use crate::metrics::DatabaseTraffic;
 use crate::report::{Blame, Report, SqlState};
@@ -50,6 +52,12 @@ pub trait Admin: Send + Sync {
     ///
     /// *Dropped before it is ready*: connections under way are dropped, those parked stay parked.
     fn prepare(&self, prepare: PrepareSwitch) -> impl Future<Output = Result<Vec<PrepareRow>, Refusal>> + Send;
+
+    /// `TRANSPLANT db TO backend WITH (…)`, under a drained pause: a row per session that keeps its server; all are moved
+    /// or none. SWITCH then gives each client its copy, RESUME on the source closes the copies.
+    ///
+    /// *Dropped before it is ready*: the copies made so far are closed.
+    fn transplant(&self, transplant: Transplant) -> impl Future<Output = Result<Vec<TransplantRow>, Refusal>> + Send;
 
     /// `RECONNECT [db]`: retire the server connections that exist now.
     fn reconnect(&self, scope: Scope) -> impl Future<Output = Result<(), Refusal>> + Send;

@@ -37,6 +37,10 @@ async fn act<A: Admin>(command: &Command, by: &Visitor, admin: &A) -> Result<Ans
             let rows = admin.prepare(prepare.clone()).await?;
             return Ok(Answer::Rows(Sheet::of(&rows), command.tag()));
         }
+        Command::Transplant(transplant) => {
+            let rows = admin.transplant(transplant.clone()).await?;
+            return Ok(Answer::Rows(Sheet::of(&rows), command.tag()));
+        }
         Command::Set { key, .. } if DriverSetting::from_word(key).is_some() => {
             return Ok(Answer::Told(Report::notice("SET ignored"), "SET".to_owned()));
         }
@@ -118,6 +122,7 @@ const USAGE: &str = "\tSET key = arg
 \tRESUME <db> WITH (run '…', epoch n | force)
 \tRENEW <db> WITH (run '…', epoch n, lease '3s')
 \tPREPARE SWITCH <db> TO <backend> [WITH (connections n)]
+\tTRANSPLANT <db> TO <backend> WITH (run '…', epoch n | force)
 \tSWITCH <db> TO <backend> WITH (run '…', epoch n | force)
 \tDISABLE <db>
 \tENABLE <db>

@@ -113,6 +113,8 @@ async fn our_tables_have_the_columns_of_the_vocabulary() {
     let prepared = guest.ask("PREPARE SWITCH app TO green WITH (connections 4)").await;
     assert_eq!(prepared.column("status").1, [Some("refused"), Some("unknown")]);
     assert_eq!((prepared.column("wanted").1[0], prepared.tag.as_deref()), (Some("4"), Some("PREPARE")));
+    let moved = guest.ask("TRANSPLANT app TO green WITH (force)").await;
+    assert_eq!((moved.column("verdict").1, moved.tag.as_deref()), (vec![Some("refused"); 2], Some("TRANSPLANT")));
     assert_eq!(guest.ask("SHOW BLOCKERS nowhere").await.error('C'), "42704");
     assert_eq!(guest.ask("SHOW BLOCKERS app").await.columns.len(), BlockerRow::COLUMNS.len());
 }

@@ -15,6 +15,8 @@ use crate::backend;
 use crate::backend::{ConnectError, Login, Row, ServerConnection, ServerError};
 use crate::database::{Database, lock, password};
 use crate::parameters::Reported;
+use crate::transplant;
+use crate::transplant::Reason;
 
 /// The longest wait for the store: a third of the default lease, so that an ended lease can be decided, and asked about
 /// again, before clients are shed.
@@ -127,6 +129,22 @@ impl Database {
                 Err(error.into())
             }
         }
+    }
+
+    /// What speaks against moving any session of the database, as a backend's catalogue says.
+    pub(super) async fn survey(&self, backend: &str) -> Result<Vec<Reason>, Silence> {
+        let link = Arc::clone(lock(&self.links).entry(backend.to_owned()).or_default());
+        let deadline = Instant::now() + ANSWER;
+        // Bounded: whoever holds the link has the same deadline for its own answer.
+        let mut link = link.lock().await;
+        let mut connection = match link.connection.take() {
+            Some(connection) => connection,
+            None => self.connect(backend, deadline).await?,
+        };
+        let reasons = Box::pin(transplant::survey(&mut connection, deadline)).await?;
+        connection.asides.clear();
+        link.connection = Some(connection);
+        Ok(reasons)
     }
 
     pub(super) fn route_name(&self) -> Result<&Name, Silence> {

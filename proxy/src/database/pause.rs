@@ -281,6 +281,7 @@ impl Database {
         if !self.site.gate.open(pause.id) {
             return false;
         }
+        self.abandon_outlived();
         let pause_ms = pause.since.elapsed();
         if let Some(last) = lock(&self.switches).back_mut().filter(|last| last.pause.is_none()) {
             last.pause = Some(pause_ms);

@@ -79,13 +79,15 @@ impl Database {
         let open: u32 = pools.iter().map(|pool| pool.counts().open).sum();
         let warmed = pools.into_iter().map(|pool| {
             let target = &target;
-            let share = wanted(pool.counts().open, open, prepare.connections);
+            // Of the connections that are open the kept ones are a part; a number asked for is for the others.
+            let kept = if prepare.connections.is_some() { self.kept_of(&pool) } else { 0 };
+            let share = wanted(pool.counts().open, open, prepare.connections) + kept;
             async move {
                 let verdict = pool.prewarm(target, share, 0).await;
                 (pool, verdict)
             }
         });
-        let verdicts = futures_util::future::join_all(warmed).await;
+        let (verdicts, ()) = tokio::join!(futures_util::future::join_all(warmed), self.look_at_sessions());
         // The control login too: SWITCH writes the evidence there, and should not have to connect first.
         if let Err(error) = self.identify(&prepare.backend).await {
             tracing::warn!(database = %self.name(), backend = %prepare.backend, %error, "no control connection to the target");
@@ -101,13 +103,17 @@ impl Database {
         let _alone = self.moving.lock().await;
         let endpoint = self.endpoint(&switch.backend).ok_or_else(|| self.unknown_backend(&switch.backend))?;
         let pause = self.drained_pause()?;
-        if let Some(client) = self.kept_clients().first() {
+        if let Some(client) = self.without_successor(&switch.backend, self.kept_clients()).first() {
             let message = format!(
                 "session-pooled clients of {} keep their server, client {} among them",
                 self.name(),
                 client.who.id
             );
-            let hint = format!("SHOW BLOCKERS {}; let them leave, or KILL_CLIENT", self.name());
+            let hint = format!(
+                "TRANSPLANT {0} TO {1} moves them; SHOW BLOCKERS {0}; let them leave, or KILL_CLIENT",
+                self.name(),
+                switch.backend
+            );
             return Err(Refusal::new(Why::WrongState, message).with_hint(hint));
         }
         match switch.warrant {
@@ -124,6 +130,7 @@ impl Database {
                 self.move_route(endpoint, leap);
             }
         }
+        self.hand_over().await;
         Ok(())
     }
 
@@ -144,6 +151,7 @@ impl Database {
             let run = Some(commit.run);
             let leap = Leap { to: &commit.target, epoch: commit.epoch, run, by: SwitchedBy::Followed };
             self.move_route(endpoint, leap);
+            self.hand_over().await;
         }
         if let Some(pause) = self.site.gate.pause() {
             self.open(&pause);
@@ -151,7 +159,7 @@ impl Database {
         Ok(())
     }
 
-    fn drained_pause(&self) -> Result<Pause, Refusal> {
+    pub(super) fn drained_pause(&self) -> Result<Pause, Refusal> {
         let pause = self.site.gate.pause();
         let pause = pause.ok_or_else(|| Refusal::new(Why::WrongState, format!("{} is not paused", self.name())))?;
         match self.site.gate.passes() {
@@ -202,7 +210,8 @@ impl Database {
                 self.shut(self.own_hold(claim, &commit.target)).ok()
             }
         };
-        self.kept_clients().iter().for_each(|client| client.order(Order::Leave));
+        let left_behind = self.without_successor(&commit.target, self.kept_clients());
+        left_behind.iter().for_each(|client| client.order(Order::Leave));
         let Some(id) = id else { return };
         let drain = self.site.config.load().general.drain_timeout;
         if tokio::time::timeout(drain, self.drain(id)).await.is_err() {

@@ -47,6 +47,7 @@ impl Database {
                 self.look().await;
                 look_at = Instant::now() + LOOK;
             }
+            self.abandon_outlived();
             let asked_again = self.settle_ended_lease().await;
             let lease_ends = self.site.gate.pause().and_then(|pause| pause.lease_ends);
             let next = match (asked_again, lease_ends) {

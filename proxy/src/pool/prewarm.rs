@@ -107,6 +107,17 @@ impl Pool {
         }
     }
 
+    /// Takes a parked connection that is still there.
+    pub(super) fn unpark_one(self: &Arc<Self>, backend: &str) -> Option<Box<Pooled>> {
+        loop {
+            let mut pooled = self.lock().parked.get_mut(backend)?.connections.pop()?;
+            if pooled.is_alive() {
+                return Some(pooled);
+            }
+            self.dismiss(pooled);
+        }
+    }
+
     /// Drops parked connections that are gone; how many are left.
     fn sift(self: &Arc<Self>, backend: &str) -> usize {
         let mut inner = self.lock();
@@ -124,7 +135,7 @@ impl Pool {
 
     /// A place for a parked connection that becomes the pool's own: the limits were checked when it was asked for, and
     /// the connection it replaces is on its way out.
-    fn force_place(&self) -> Place {
+    pub(super) fn force_place(&self) -> Place {
         let counts = self.counts_of_a_place();
         counts.iter().for_each(|count| {
             count.fetch_add(1, Ordering::AcqRel);

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use pgcutover_api::command::{PauseWith, PrepareSwitch, Renew, ResumeWith, Scope, Shutdown, Switch};
-use pgcutover_api::rows::{BackendRow, BlockerRow, GateRow, PrepareRow, SessionRow, SwitchRow, YesNo};
+use pgcutover_api::command::{PauseWith, PrepareSwitch, Renew, ResumeWith, Scope, Shutdown, Switch, Transplant};
+use pgcutover_api::rows::{BackendRow, BlockerRow, GateRow, PrepareRow, SessionRow, SwitchRow, TransplantRow, YesNo};
 use tokio::sync::watch;
 
 use crate::client::{Order, Server};
@@ -143,6 +143,11 @@ impl Admin for Operator {
     async fn prepare(&self, prepare: PrepareSwitch) -> Result<Vec<PrepareRow>, Refusal> {
         let verdicts = self.database(&prepare.database)?.prepare(&prepare).await?;
         Ok(verdicts.iter().map(|(pool, verdict)| rows::prepared(pool, verdict)).collect())
+    }
+
+    async fn transplant(&self, transplant: Transplant) -> Result<Vec<TransplantRow>, Refusal> {
+        let moved = self.database(&transplant.database)?.transplant(&transplant).await?;
+        Ok(moved.iter().map(rows::transplanted).collect())
     }
 
     async fn reconnect(&self, scope: Scope) -> Result<(), Refusal> {

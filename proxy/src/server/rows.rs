@@ -9,25 +9,25 @@ use std::time::{Duration, Instant, SystemTime};
 
 use pgcutover_api::command::Mode;
 use pgcutover_api::rows::{
-    BackendRow, BlockerReason, BlockerRow, GateRow, GateState, PoolMode, PrepareRow, SessionRow, SessionState,
-    SwitchHow, SwitchRow, Verdict, YesNo,
+    BackendRow, BlockerReason, BlockerRow, Fate, GateRow, GateState, PoolMode, PrepareRow, SessionRow, SessionState,
+    SwitchHow, SwitchRow, TransplantRow, Verdict, YesNo,
 };
 
-use crate::client::{Client, Server, State};
+use crate::client::{Client, Look, Server, State};
 use crate::config;
 use crate::config::{Backend, Config};
 use crate::connection::Door;
 use crate::console::{
     Census, ClientState, DatabaseRow, DnsRow, Forwards, Peer, PoolRow, ServerState, SocketRow, SocketState, UserRow,
 };
-use crate::database::{Blocker, Database, Switched, SwitchedBy};
+use crate::database::{Blocker, Database, Switched, SwitchedBy, Transplanted};
 use crate::parameters;
 use crate::pool;
 use crate::pool::Pool;
 use crate::relay::ShutSignal;
 
-/// Why a session-pooled client does not move.
-const SESSION_POOLING: &str = "session pooling: moving live sessions is not supported yet";
+/// Why it is not known whether a session could move.
+const NOT_LOOKED_AT: &str = "session pooling: not looked at yet; PREPARE SWITCH does";
 
 /// The databases, in the order of their names.
 pub(super) fn all(door: &Door) -> Vec<Arc<Database>> {
@@ -302,7 +302,7 @@ fn reported_version(database: &Database) -> Option<String> {
 
 pub(super) fn session(client: &Client) -> SessionRow {
     let (addr, port) = address(client);
-    let movable = client.who.pool_mode == config::PoolMode::Transaction;
+    let (movable, reason) = movable(client);
     SessionRow {
         database: client.who.database.to_string(),
         user: text(&client.who.user),
@@ -319,7 +319,30 @@ pub(super) fn session(client: &Client) -> SessionRow {
         },
         linked: client.linked().map(|server| server.pid),
         movable: movable.into(),
-        reason: if movable { String::new() } else { SESSION_POOLING.to_owned() },
+        reason,
+    }
+}
+
+/// Whether a switch can take a client along, and why not. One without a server of its own has nothing to move.
+fn movable(client: &Client) -> (bool, String) {
+    let keeps = client.who.pool_mode == config::PoolMode::Session && client.linked().is_some();
+    match client.look() {
+        _ if !keeps => (true, String::new()),
+        Look::Movable => (true, String::new()),
+        Look::Stays(why) => (false, why.into()),
+        Look::None => (false, NOT_LOOKED_AT.to_owned()),
+    }
+}
+
+pub(super) fn transplanted(moved: &Transplanted) -> TransplantRow {
+    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    TransplantRow {
+        client_id: moved.client.who.id,
+        user: text(&moved.client.who.user),
+        verdict: if moved.outcome.is_ok() { Fate::Moved } else { Fate::Refused },
+        reason: moved.outcome.as_ref().err().cloned().unwrap_or_default(),
+        probe_us: micros(moved.probe),
+        restore_us: micros(moved.restore),
     }
 }
 

@@ -15,6 +15,23 @@ use crate::relay::Read;
 use crate::report::Report;
 use crate::session::{Farewell, Session};
 
+/// How an attended wait ended.
+enum Attended<T> {
+    /// With what was waited for.
+    Event(T),
+    /// The client has cancelled, and was told.
+    Canceled,
+    /// There is an errand to run; the wait goes on after it.
+    Errand,
+}
+
+/// Why a wait is not simply waited out.
+enum Absence {
+    Canceled,
+    Errand,
+    Farewell(Farewell),
+}
+
 impl Session {
     /// Waits at the shut gate; `None` when the statement was refused (cancelled, or held for too long) and the client
     /// goes on.
@@ -23,8 +40,15 @@ impl Session {
         let site = Arc::clone(&self.pool.site);
         let budget = site.config.load().general.hold_budget;
         let id = self.client.who.id;
-        let enter = tokio::time::timeout_at((asked_at + budget).into(), site.gate.enter(id));
-        let outcome = self.attended(enter).await?;
+        let mut enter = Box::pin(tokio::time::timeout_at((asked_at + budget).into(), site.gate.enter(id)));
+        let outcome = loop {
+            match self.attended(&mut enter).await? {
+                Attended::Event(outcome) => break Some(outcome),
+                Attended::Canceled => break None,
+                // It keeps its place at the gate meanwhile.
+                Attended::Errand => Box::pin(self.run_errand()).await?,
+            }
+        };
         site.events.held.observe(asked_at.elapsed());
         match outcome {
             Some(Ok(pass)) => Ok(Some(pass)),
@@ -49,37 +73,48 @@ impl Session {
             return Ok(Some(outcome));
         }
         self.client.enter(State::Waiting, Instant::now());
-        self.attended(checkout).await
+        loop {
+            match self.attended(&mut checkout).await? {
+                Attended::Event(outcome) => return Ok(Some(outcome)),
+                Attended::Canceled => return Ok(None),
+                Attended::Errand => Box::pin(self.run_errand()).await?,
+            }
+        }
     }
 
-    /// Waits for `event` while the client is watched; `None` when it cancelled.
-    async fn attended<T>(&mut self, event: impl Future<Output = T>) -> Result<Option<T>, Farewell> {
+    /// Waits for `event` while the client is watched.
+    async fn attended<T>(&mut self, event: impl Future<Output = T>) -> Result<Attended<T>, Farewell> {
         let mut event = std::pin::pin!(event);
         let outcome = std::future::poll_fn(|cx| {
             if let Poll::Ready(value) = event.as_mut().poll(cx) {
-                return Poll::Ready(Ok(Some(value)));
+                return Poll::Ready(Ok(Attended::Event(value)));
             }
-            self.poll_absence(cx).map(|farewell| farewell.map_or(Ok(None), Err))
+            self.poll_absence(cx).map(|absence| match absence {
+                Absence::Canceled => Ok(Attended::Canceled),
+                Absence::Errand => Ok(Attended::Errand),
+                Absence::Farewell(farewell) => Err(farewell),
+            })
         })
         .await?;
-        if outcome.is_none() {
+        if matches!(outcome, Attended::Canceled) {
             self.client.forget(Order::Cancel);
             self.refuse(Box::new(Report::query_canceled())).await?;
         }
         Ok(outcome)
     }
 
-    /// Ready with `None` when the client cancels, with a farewell when it hangs up or has to go.
-    fn poll_absence(&mut self, cx: &mut Context<'_>) -> Poll<Option<Farewell>> {
-        match self.client.poll_order(cx, &[Order::Kill, Order::Leave, Order::Cancel]) {
-            Poll::Ready(Order::Cancel) => return Poll::Ready(None),
+    /// Ready when the client cancels, hangs up, has to go, or has an errand.
+    fn poll_absence(&mut self, cx: &mut Context<'_>) -> Poll<Absence> {
+        match self.client.poll_order(cx, &[Order::Kill, Order::Leave, Order::Cancel, Order::Errand]) {
+            Poll::Ready(Order::Cancel) => return Poll::Ready(Absence::Canceled),
+            Poll::Ready(Order::Errand) => return Poll::Ready(Absence::Errand),
             Poll::Ready(Order::Kill | Order::Leave) => {
-                return Poll::Ready(Some(Farewell::Refused(Box::new(Report::admin_shutdown()))));
+                return Poll::Ready(Absence::Farewell(Farewell::Refused(Box::new(Report::admin_shutdown()))));
             }
             Poll::Pending => {}
         }
         if let Err(farewell) = self.poll_gossip(cx) {
-            return Poll::Ready(Some(farewell));
+            return Poll::Ready(Absence::Farewell(farewell));
         }
         // Read on as far as the buffer goes: that is how a hang-up is seen, and all that a held client may pile up.
         let Some(up) = self.up.as_mut() else { return Poll::Pending };
@@ -88,9 +123,9 @@ impl Session {
                 Poll::Ready(Ok(Read::Some)) => {}
                 Poll::Ready(Ok(Read::Full)) | Poll::Pending => return Poll::Pending,
                 Poll::Ready(Ok(Read::End)) => {
-                    return Poll::Ready(Some(Farewell::ClientGone(io::ErrorKind::UnexpectedEof.into())));
+                    return Poll::Ready(Absence::Farewell(Farewell::ClientGone(io::ErrorKind::UnexpectedEof.into())));
                 }
-                Poll::Ready(Err(error)) => return Poll::Ready(Some(Farewell::ClientGone(error))),
+                Poll::Ready(Err(error)) => return Poll::Ready(Absence::Farewell(Farewell::ClientGone(error))),
             }
         }
     }

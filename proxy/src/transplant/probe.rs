@@ -157,9 +157,8 @@ async fn look(server: &mut ServerConnection, hints: &Hints, deadline: Instant) -
         reasons.push(Reason::SequenceState);
     }
     let unnamed = next().accepted().ok().and_then(|answer| answer.described.into_iter().next());
-    match (unnamed.is_some(), &hints.seen.unnamed) {
-        (true, None) => reasons.push(Reason::UnnamedStatement),
-        (true, Some(_)) | (false, _) => {}
+    if unnamed.is_some() && hints.seen.unnamed.is_none() {
+        reasons.push(Reason::UnnamedStatement);
     }
     if unnamed.is_some() || !found.statements.is_empty() {
         let odd = found.state.settings.iter().any(Setting::is_parsed_under);

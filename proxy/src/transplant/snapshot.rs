@@ -18,13 +18,16 @@ pub(super) struct State {
     pub(super) who: Who,
     /// All settings that a user or superuser may change.
     pub(super) settings: Vec<Setting>,
-    /// Custom settings asked for; `None`: not defined.
-    pub(super) custom: Vec<(Box<[u8]>, Option<Box<[u8]>>)>,
+    /// Custom settings asked for.
+    pub(super) custom: Vec<Custom>,
     /// Sorted.
     pub(super) channels: Vec<Box<[u8]>>,
     /// Sorted.
     pub(super) locks: Vec<Lock>,
 }
+
+/// Name and value of a custom setting; no value: it is not defined.
+pub(super) type Custom = (Box<[u8]>, Option<Box<[u8]>>);
 
 /// Who the session is.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

@@ -51,3 +51,7 @@ mod switch;
 mod watch;
 #[cfg(test)]
 mod names;
+#[cfg(test)]
+mod transplant;
+#[cfg(test)]
+mod transplant_core;

@@ -40,6 +40,7 @@ async fn session(cluster: &Cluster) -> ServerConnection {
         // The directory of its socket: nobody asks for a password there.
         host: cluster.dir().to_str().unwrap().into(),
         port: cluster.port(),
+        name: None,
         dbname: (*b"postgres").into(),
         tls: Connector::disabled(),
         cleartext: Cleartext::Protected,

@@ -23,6 +23,7 @@ use super::Show;
 use super::Shutdown;
 use super::Switch;
 use super::Table;
+use super::Transplant;
 use super::VALUE_BYTES_MAX;
 use super::Warrant;
 use super::lexer::Token;
@@ -75,6 +76,7 @@ const FORMS: &[(&str, &str)] = &[
     ),
     ("PREPARE", "PREPARE SWITCH db TO backend [WITH (connections n)]"),
     ("SWITCH", "SWITCH db TO backend WITH (run '…', epoch n) or WITH (force)"),
+    ("TRANSPLANT", "TRANSPLANT db TO backend WITH (run '…', epoch n) or WITH (force)"),
     ("RESUME", "RESUME [db], or RESUME db WITH (run '…', epoch n) or WITH (force)"),
     ("RENEW", "RENEW db WITH (run '…', epoch n, lease '3s')"),
     ("RECONNECT", "RECONNECT [db]"),
@@ -123,6 +125,7 @@ fn command(verb: &str, words: &mut Words) -> Result<Command, GrammarError> {
         "PAUSE" => pause(words)?,
         "PREPARE" => Command::PrepareSwitch(prepare_switch(words)?),
         "SWITCH" => Command::Switch(switch(words)?),
+        "TRANSPLANT" => Command::Transplant(transplant(words)?),
         "RESUME" => resume(words)?,
         "RENEW" => Command::Renew(renew(words)?),
         "RECONNECT" => Command::Reconnect(words.scope()?),
@@ -218,6 +221,12 @@ fn switch(words: &mut Words) -> Result<Switch, GrammarError> {
     let (database, backend) = words.database_to_backend()?;
     let warrant = words.warrant()?.ok_or_else(|| GrammarError::new("SWITCH needs WITH (…)"))?;
     Ok(Switch { database, backend, warrant })
+}
+
+fn transplant(words: &mut Words) -> Result<Transplant, GrammarError> {
+    let (database, backend) = words.database_to_backend()?;
+    let warrant = words.warrant()?.ok_or_else(|| GrammarError::new("TRANSPLANT needs WITH (…)"))?;
+    Ok(Transplant { database, backend, warrant })
 }
 
 fn resume(words: &mut Words) -> Result<Command, GrammarError> {
@@ -523,6 +532,11 @@ mod tests {
                 Command::PrepareSwitch(PrepareSwitch { database, backend, connections })
             }),
             (name(), name(), warrant()).prop_map(|(database, backend, warrant)| Command::Switch(Switch {
+                database,
+                backend,
+                warrant
+            })),
+            (name(), name(), warrant()).prop_map(|(database, backend, warrant)| Command::Transplant(Transplant {
                 database,
                 backend,
                 warrant

@@ -34,6 +34,10 @@ pub(super) fn command(command: &Command, f: &mut Formatter<'_>) -> fmt::Result {
             let (database, backend) = (Name(&switch.database), Name(&switch.backend));
             write!(f, "SWITCH {database} TO {backend} WITH ({})", switch.warrant)
         }
+        Command::Transplant(transplant) => {
+            let (database, backend) = (Name(&transplant.database), Name(&transplant.backend));
+            write!(f, "TRANSPLANT {database} TO {backend} WITH ({})", transplant.warrant)
+        }
         Command::ResumeWith(resume) => write!(f, "RESUME {} WITH ({})", Name(&resume.database), resume.warrant),
         Command::Renew(renew) => {
             let (warrant, lease) = (Warrant::Claim(renew.claim), Span(renew.lease.duration()));

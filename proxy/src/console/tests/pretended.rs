@@ -7,10 +7,11 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
-use pgcutover_api::command::{PauseWith, PrepareSwitch, Renew, ResumeWith, Scope, Shutdown, Switch};
+use pgcutover_api::command::{PauseWith, PrepareSwitch, Renew, ResumeWith, Scope, Shutdown, Switch, Transplant};
 use pgcutover_api::epoch::Epoch;
 use pgcutover_api::rows::{
-    BackendRow, BlockerRow, GateRow, GateState, PoolMode, PrepareRow, SessionRow, SwitchRow, Verdict, YesNo,
+    BackendRow, BlockerRow, Fate, GateRow, GateState, PoolMode, PrepareRow, SessionRow, SwitchRow, TransplantRow,
+    Verdict, YesNo,
 };
 use tokio::sync::Notify;
 
@@ -182,6 +183,18 @@ impl Admin for Pretended {
             message: "password authentication failed".to_owned(),
         };
         Ok(vec![row("alice", Verdict::Refused), row("bob", Verdict::Unknown)])
+    }
+
+    async fn transplant(&self, transplant: Transplant) -> Result<Vec<TransplantRow>, Refusal> {
+        let row = |client_id| TransplantRow {
+            client_id,
+            user: "alice".to_owned(),
+            verdict: Fate::Refused,
+            reason: format!("{} is pretended", transplant.backend),
+            probe_us: 100,
+            restore_us: 0,
+        };
+        Ok(vec![row(1), row(2)])
     }
 
     async fn reconnect(&self, scope: Scope) -> Result<(), Refusal> {

@@ -1,0 +1,113 @@
+//! What a session is asked to do with the server connection that it keeps, between two of its transactions.
+//!
+//! Invariant: a client has one errand at most; whoever left it learns of its end, or that it will never be run, by the
+//! channel in it. A successor is at rest, restored, and serves nobody; it takes a place only when a session adopts it.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+
+use crate::backend::{ConnectError, ServerConnection};
+use crate::client::{Client, Order};
+use crate::pool::connection::{Place, Pooled};
+use crate::pool::{Kept, Pool, lock};
+use crate::route::Active;
+use crate::transplant::{NotMovable, Reason, Snapshot};
+
+/// Something to do.
+pub enum Errand {
+    /// Read what the session is made of.
+    Probe {
+        /// What speaks against any session of the database.
+        database: Arc<Vec<Reason>>,
+        /// What came of it; dropped when there is nothing to read.
+        answer: oneshot::Sender<Probed>,
+    },
+    /// Go on with this connection and close the other.
+    Adopt {
+        /// It has all that the session is made of.
+        successor: Successor,
+        /// Told once that is so.
+        answer: oneshot::Sender<()>,
+    },
+}
+
+/// What reading a session came to.
+#[derive(Debug)]
+pub struct Probed {
+    /// What it is made of, or why it stays.
+    pub session: Result<Snapshot, NotMovable>,
+    /// How long that took.
+    pub took: Duration,
+}
+
+/// Errands by client.
+#[derive(Default)]
+pub struct Errands {
+    left: Mutex<BTreeMap<u64, Errand>>,
+}
+
+impl Errands {
+    /// Leaves an errand with a client and wakes it. One that was not run yet is dropped.
+    pub fn leave(&self, client: &Client, errand: Errand) {
+        lock(&self.left).insert(client.who.id, errand);
+        client.order(Order::Errand);
+    }
+
+    /// Takes a client's errand: to run it, or because nobody waits for it any more.
+    pub fn take(&self, client: u64) -> Option<Errand> {
+        lock(&self.left).remove(&client)
+    }
+}
+
+/// A connection that is to take over from the one that a session keeps. Dropped, it is closed.
+pub struct Successor {
+    pooled: Option<Box<Pooled>>,
+    pool: Arc<Pool>,
+}
+
+impl Successor {
+    /// The connection; `None` never while it is a successor.
+    pub fn server(&mut self) -> Option<&mut ServerConnection> {
+        self.pooled.as_mut().map(|pooled| &mut pooled.server)
+    }
+
+    /// It becomes a session's own, of the route's present generation, with a place: the one that it replaces gives its
+    /// place back when it has closed.
+    #[must_use]
+    pub fn into_kept(mut self) -> Option<Kept> {
+        let mut pooled = self.pooled.take()?;
+        pooled.generation = self.pool.site.route.generation();
+        pooled.shared.generation.store(pooled.generation, Ordering::Relaxed);
+        pooled.reported = Arc::new(pooled.server.parameters.clone());
+        pooled.place = self.pool.force_place();
+        Some(Kept { pooled, pool: Arc::clone(&self.pool) })
+    }
+}
+
+impl Drop for Successor {
+    fn drop(&mut self) {
+        if let Some(pooled) = self.pooled.take() {
+            self.pool.dismiss(pooled);
+        }
+    }
+}
+
+impl Pool {
+    /// A connection for a successor: a parked one, or else a new one. It takes no place yet.
+    ///
+    /// Bounded by `server_connect_timeout`. Cancel safe: a connection under way is dropped.
+    ///
+    /// # Errors
+    /// [`ConnectError`].
+    pub async fn successor(self: &Arc<Self>, target: &Active) -> Result<Successor, ConnectError> {
+        let pooled = match self.unpark_one(&target.backend) {
+            Some(pooled) => pooled,
+            None => self.connect(target, Place::none(), 0).await?,
+        };
+        Ok(Successor { pooled: Some(pooled), pool: Arc::clone(self) })
+    }
+}

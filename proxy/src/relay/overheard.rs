@@ -1,0 +1,339 @@
+//! What a session's texts tell that no server can be asked for later.
+//!
+//! Invariant: a hazard that a text may hold is noted, also where it turns out to be none; a text that was not read whole is
+//! a hazard itself. Words are compared without regard to case, inside strings and comments too. Pure.
+
+use std::collections::BTreeSet;
+
+/// Texts of unnamed statements are kept up to this many bytes: a session owns one.
+const UNNAMED_BYTES_MAX: usize = 64 * 1024;
+
+/// Names of settings are kept up to this many.
+const NAMES_MAX: usize = 256;
+
+/// Reported settings that change what the text of a statement means.
+const PARSE_SETTINGS: [&[u8]; 4] = [b"standard_conforming_strings", b"DateStyle", b"IntervalStyle", b"TimeZone"];
+
+/// Something that may have left a trace in the server's process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Hazard {
+    /// LOAD.
+    Load,
+    /// SET SESSION AUTHORIZATION.
+    SessionAuthorization,
+    /// A FunctionCall message.
+    FunctionCall,
+    /// setseed.
+    RandomSeed,
+    /// A setting whose name was not in the text.
+    DynamicSetting,
+    /// A text too long to be read.
+    Unread,
+}
+
+/// Whether statements were parsed, and under which settings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Parsing {
+    /// None yet.
+    #[default]
+    Nothing,
+    /// All under the present settings.
+    Settled,
+    /// A setting may have changed after the first of them.
+    Unsettled,
+}
+
+/// Whether the server skips messages up to the next Sync.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Skipping {
+    #[default]
+    No,
+    Perhaps,
+}
+
+/// Statements with a clause SET of their own.
+const CLAUSE_OWNERS: [&[u8]; 5] = [b"update", b"alter", b"merge", b"create", b"conflict"];
+
+/// Whether a SET may belong to another statement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Clauses {
+    None,
+    Perhaps,
+}
+
+/// What stands before a word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Before {
+    /// A name, quoted or not.
+    Name,
+    /// The beginning, or a sign.
+    Other,
+}
+
+impl Before {
+    fn of(last: Self, between: &[u8]) -> Self {
+        match between.trim_ascii().last() {
+            None => last,
+            Some(b'"') => Self::Name,
+            Some(_) => Self::Other,
+        }
+    }
+}
+
+/// What was heard since the login.
+#[derive(Debug, Clone, Default)]
+pub struct Overheard {
+    hazards: BTreeSet<Hazard>,
+    names: BTreeSet<Box<[u8]>>,
+    parsing: Parsing,
+    unnamed: Option<Box<[u8]>>,
+    skipping: Skipping,
+}
+
+impl Overheard {
+    /// What may have left a trace.
+    pub fn hazards(&self) -> impl Iterator<Item = Hazard> {
+        self.hazards.iter().copied()
+    }
+
+    /// Custom settings (`myapp.user_id`) that were named.
+    pub fn names(&self) -> impl Iterator<Item = &[u8]> {
+        self.names.iter().map(|name| &**name)
+    }
+
+    /// See [`Parsing`].
+    #[must_use]
+    pub fn parsing(&self) -> Parsing {
+        self.parsing
+    }
+
+    /// The text of the last Parse of the unnamed statement, if it is sure which that was.
+    #[must_use]
+    pub fn unnamed(&self) -> Option<&[u8]> {
+        self.unnamed.as_deref()
+    }
+
+    /// A message of the client, whole.
+    pub(super) fn request(&mut self, tag: u8, body: &[u8]) {
+        match tag {
+            b'Q' => self.text(body),
+            b'P' => self.parse(body),
+            b'F' => self.note(Hazard::FunctionCall),
+            _ => {}
+        }
+    }
+
+    /// A text that is too long to be read.
+    pub(super) fn unread(&mut self, tag: u8) {
+        self.note(Hazard::Unread);
+        if tag == b'P' {
+            self.unnamed = None;
+        }
+    }
+
+    /// The type of a message of the server.
+    pub(super) fn answer(&mut self, tag: u8) {
+        match tag {
+            b'E' => {
+                // The last Parse may have been skipped, and the one before it be alive.
+                self.unnamed = None;
+                self.skipping = Skipping::Perhaps;
+            }
+            b'Z' => self.skipping = Skipping::No,
+            _ => {}
+        }
+    }
+
+    /// A setting that the server reported.
+    pub(super) fn reported(&mut self, name: &[u8]) {
+        if name.eq_ignore_ascii_case(b"session_authorization") {
+            self.note(Hazard::SessionAuthorization);
+        }
+        let matters = PARSE_SETTINGS.iter().any(|setting| setting.eq_ignore_ascii_case(name));
+        if matters && self.parsing == Parsing::Settled {
+            self.parsing = Parsing::Unsettled;
+        }
+    }
+
+    fn note(&mut self, hazard: Hazard) {
+        self.hazards.insert(hazard);
+    }
+
+    fn parse(&mut self, body: &[u8]) {
+        let mut parts = body.splitn(3, |byte| *byte == 0);
+        let (name, text) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+        self.parsed();
+        if name.is_empty() {
+            let sure = self.skipping == Skipping::No && text.len() <= UNNAMED_BYTES_MAX;
+            self.unnamed = sure.then(|| text.into());
+        }
+        self.text(text);
+    }
+
+    fn parsed(&mut self) {
+        if self.parsing == Parsing::Nothing {
+            self.parsing = Parsing::Settled;
+        }
+    }
+
+    fn text(&mut self, text: &[u8]) {
+        let mut rest = text;
+        let mut clauses = Clauses::None;
+        let mut before = Before::Other;
+        while let Some(at) = rest.iter().position(|byte| is_word(*byte)) {
+            before = Before::of(before, &rest[..at]);
+            rest = &rest[at..];
+            let end = rest.iter().position(|byte| !is_word(*byte)).unwrap_or(rest.len());
+            let (word, after) = rest.split_at(end);
+            if CLAUSE_OWNERS.iter().any(|owner| owner.eq_ignore_ascii_case(word)) {
+                clauses = Clauses::Perhaps;
+            }
+            if word.eq_ignore_ascii_case(b"set") {
+                // `UPDATE t SET "a" = 1` sets a column.
+                let clause = clauses == Clauses::Perhaps && before == Before::Name;
+                self.set(after, clause);
+            }
+            self.word(word, after);
+            before = Before::Name;
+            rest = after;
+        }
+    }
+
+    fn word(&mut self, word: &[u8], after: &[u8]) {
+        let is = |known: &[u8]| word.eq_ignore_ascii_case(known);
+        match word.len() {
+            4 if is(b"load") => self.note(Hazard::Load),
+            7 if is(b"prepare") => self.parsed(),
+            7 if is(b"setseed") => self.note(Hazard::RandomSeed),
+            10 if is(b"set_config") => self.set_config(after),
+            13 if is(b"authorization") => self.note(Hazard::SessionAuthorization),
+            _ => {}
+        }
+    }
+
+    /// `SET [SESSION | LOCAL] name …`; in a clause of another statement an odd name is a column's.
+    fn set(&mut self, after: &[u8], clause: bool) {
+        let mut after = after.trim_ascii_start();
+        for scope in [&b"session"[..], b"local"] {
+            let follows = after.get(..scope.len()).is_some_and(|start| start.eq_ignore_ascii_case(scope));
+            if follows && after.get(scope.len()).is_some_and(|byte| !is_word(*byte) && *byte != b'.') {
+                after = after[scope.len()..].trim_ascii_start();
+            }
+        }
+        let end = after.iter().position(|byte| !is_word(*byte) && *byte != b'.').unwrap_or(after.len());
+        // Quotes, comments, `format('SET %I …')`, `SET a . b`: a name that would have to be parsed.
+        let odd = end == 0 || after[end..].trim_ascii_start().first().is_some_and(|byte| b"\".%/|'-".contains(byte));
+        if !odd {
+            self.name(&after[..end]);
+        } else if !clause {
+            self.note(Hazard::DynamicSetting);
+        }
+    }
+
+    /// `set_config('name', …)`
+    fn set_config(&mut self, after: &[u8]) {
+        let after = after.trim_ascii_start();
+        // Without a bracket it is no call, or one that can't be read.
+        let literal = after.strip_prefix(b"(").map(<[u8]>::trim_ascii_start).and_then(|args| args.strip_prefix(b"'"));
+        let Some(literal) = literal else { return self.note(Hazard::DynamicSetting) };
+        let end = literal.iter().position(|byte| !is_word(*byte) && *byte != b'.').unwrap_or(literal.len());
+        let follows = literal[end..].strip_prefix(b"'").map(<[u8]>::trim_ascii_start);
+        match follows {
+            Some([b',', ..]) => self.name(&literal[..end]),
+            Some(_) | None => self.note(Hazard::DynamicSetting),
+        }
+    }
+
+    /// A setting that was named. Settings without a dot are the server's own, which it shows.
+    fn name(&mut self, name: &[u8]) {
+        if !name.contains(&b'.') {
+            return;
+        }
+        if self.names.len() == NAMES_MAX && !self.names.contains(name) {
+            return self.note(Hazard::DynamicSetting);
+        }
+        self.names.insert(name.to_ascii_lowercase().into());
+    }
+}
+
+fn is_word(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || byte == b'_' || byte >= 0x80
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn heard(texts: &[&str]) -> Overheard {
+        let mut overheard = Overheard::default();
+        texts.iter().for_each(|text| overheard.request(b'Q', format!("{text}\0").as_bytes()));
+        overheard
+    }
+
+    fn hazards(text: &str) -> Vec<Hazard> {
+        heard(&[text]).hazards().collect()
+    }
+
+    #[test]
+    fn what_leaves_a_trace_is_noted_wherever_it_stands() {
+        assert_eq!(hazards("SELECT 1; load 'auto_explain'"), [Hazard::Load]);
+        assert_eq!(hazards("DO $$BEGIN PERFORM pg_catalog.SetSeed(0.5); END$$"), [Hazard::RandomSeed]);
+        assert_eq!(
+            hazards("SET SESSION /* */ AUTHORIZATION x"),
+            [Hazard::SessionAuthorization, Hazard::DynamicSetting]
+        );
+        assert_eq!(hazards("SELECT payload, reset, loaded FROM uploads"), []);
+    }
+
+    #[test]
+    fn names_of_settings_are_heard_or_it_is_said_that_they_were_not() {
+        let names = |text: &str| {
+            let heard = heard(&[text]);
+            assert_eq!(heard.hazards().count(), 0, "{text}");
+            heard.names().map(|name| String::from_utf8(name.to_vec()).unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!(names("SET session MyApp.User = '1'; set local a.b to 2; SET work_mem = 3"), ["a.b", "myapp.user"]);
+        assert_eq!(names("SELECT set_config('app.tenant' , $1, false)"), ["app.tenant"]);
+        assert_eq!(
+            names("UPDATE \"t\" SET \"x\" = 1; SELECT set_config('work_mem', '1MB', true)"),
+            Vec::<String>::new()
+        );
+        for text in [
+            "SELECT set_config($1, $2, false)",
+            "SELECT set_config('a.' || 'b', '1', false)",
+            "SELECT set_config(E'a.b', '1', false)",
+            "SET \"a.b\" = 1",
+            "SET a.\"b\" = 1",
+            "DO $$BEGIN EXECUTE format('SET %I = 1', n); END$$",
+            "UPDATE t SET \"a\" = 1; SET \"a.b\" = 2",
+        ] {
+            assert_eq!(hazards(text), [Hazard::DynamicSetting], "{text}");
+        }
+    }
+
+    #[test]
+    fn a_parse_setting_matters_only_after_a_parse() {
+        let mut overheard = heard(&["SELECT 1"]);
+        overheard.reported(b"TimeZone");
+        assert_eq!(overheard.parsing(), Parsing::Nothing);
+        overheard.request(b'P', b"s\0SELECT 1\0\0\0");
+        assert_eq!((overheard.parsing(), overheard.unnamed()), (Parsing::Settled, None));
+        overheard.reported(b"application_name");
+        assert_eq!(overheard.parsing(), Parsing::Settled);
+        overheard.reported(b"timezone");
+        assert_eq!(overheard.parsing(), Parsing::Unsettled);
+    }
+
+    #[test]
+    fn an_unnamed_text_is_known_only_while_nothing_failed() {
+        let mut overheard = Overheard::default();
+        overheard.request(b'P', b"\0SELECT 1\0\0\0");
+        assert_eq!(overheard.unnamed(), Some(&b"SELECT 1"[..]));
+        overheard.answer(b'E');
+        overheard.request(b'P', b"\0SELECT 2\0\0\0");
+        assert_eq!(overheard.unnamed(), None, "it may have been skipped");
+        overheard.answer(b'Z');
+        overheard.request(b'P', b"\0SELECT 3\0\0\0");
+        assert_eq!(overheard.unnamed(), Some(&b"SELECT 3"[..]));
+    }
+}
