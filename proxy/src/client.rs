@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant, SystemTime};
@@ -51,6 +51,8 @@ pub struct Client {
     look: Mutex<Look>,
     orders: AtomicU8,
     waker: AtomicWaker,
+    /// Its named statements in transaction pooling.
+    pub prepared: AtomicUsize,
 }
 
 /// What a client does.
@@ -122,6 +124,8 @@ pub struct Server {
     pub client: AtomicU64,
     /// The route's generation that it belongs to; [`Server::PARKED`] before its backend is active.
     pub generation: AtomicU64,
+    /// Named statements prepared there for clients that share it.
+    pub prepared: AtomicUsize,
     /// Cancel requests on their way to it.
     cancels: AtomicU32,
     cancelled: Notify,
@@ -142,6 +146,7 @@ impl Client {
             look: Mutex::default(),
             orders: AtomicU8::new(0),
             waker: AtomicWaker::new(),
+            prepared: AtomicUsize::new(0),
         })
     }
 
@@ -306,6 +311,7 @@ impl Server {
             tls: connection.stream.is_tls(),
             client: AtomicU64::new(0),
             generation: AtomicU64::new(Self::PARKED),
+            prepared: AtomicUsize::new(0),
             cancels: AtomicU32::new(0),
             cancelled: Notify::new(),
         })

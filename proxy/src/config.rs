@@ -178,6 +178,8 @@ pub struct General {
     pub max_db_connections: u32,
     /// Server connections per user at most; 0 = no limit.
     pub max_user_connections: u32,
+    /// Named statements that a server connection keeps prepared in transaction pooling; 0 = none are let through.
+    pub max_prepared_statements: u32,
     /// From accept to ReadyForQuery.
     pub client_login_timeout: Duration,
     /// Longest wait for a server connection outside a pause; zero = none.
@@ -403,20 +405,16 @@ impl Config {
         let g = &self.general;
         let wrong = |key: &str, reason: String| Err((format!("pgcutover.{key}"), reason));
         if g.drain_timeout >= g.pause_lease {
-            return wrong(
-                "drain_timeout",
-                format!("{:?} must be shorter than pause_lease ({:?})", g.drain_timeout, g.pause_lease),
-            );
+            let reason = format!("{:?} must be shorter than pause_lease ({:?})", g.drain_timeout, g.pause_lease);
+            return wrong("drain_timeout", reason);
         }
         if g.pause_lease + g.drain_timeout >= g.hold_budget {
-            return wrong(
-                "hold_budget",
-                format!(
-                    "{:?} must be longer than pause_lease + drain_timeout ({:?}), or clients are shed before a cutover can end",
-                    g.hold_budget,
-                    g.pause_lease + g.drain_timeout
-                ),
+            let reason = format!(
+                "{:?} must be longer than pause_lease + drain_timeout ({:?}), or clients are shed before a cutover can end",
+                g.hold_budget,
+                g.pause_lease + g.drain_timeout
             );
+            return wrong("hold_budget", reason);
         }
         if g.peer_id > 16383 {
             return wrong("peer_id", format!("{} is not between 0 and 16383", g.peer_id));
@@ -522,6 +520,7 @@ fn general(raw: raw::General, directory: &Path) -> General {
         max_client_conn: raw.max_client_conn.unwrap_or(100),
         max_db_connections: raw.max_db_connections.unwrap_or(0),
         max_user_connections: raw.max_user_connections.unwrap_or(0),
+        max_prepared_statements: raw.max_prepared_statements.unwrap_or(200),
         client_login_timeout: seconds(raw.client_login_timeout, 60),
         query_wait_timeout: seconds(raw.query_wait_timeout, 120),
         server_connect_timeout: seconds(raw.server_connect_timeout, 15),

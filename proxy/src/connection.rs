@@ -341,6 +341,7 @@ fn application_name(settings: &Settings) -> String {
 /// The session of a welcomed client.
 async fn session(admitted: Box<(Stream, Entry)>, door: &Door, worker: usize) {
     let (stream, Entry { client, pool, settings, told, _key, _place }) = *admitted;
+    let settings = Arc::new(settings);
     let _enrolled = door.process.clients.enrol(&client);
     let meter = door.book.pool(&client.who.database, &String::from_utf8_lossy(&client.who.user)).meter(worker);
     meter.client_login();
@@ -350,13 +351,16 @@ async fn session(admitted: Box<(Stream, Entry)>, door: &Door, worker: usize) {
         client,
         pool,
         meter,
-        settings: Arc::new(settings),
+        startup: Arc::clone(&settings),
+        settings,
         told: Arc::new(told),
+        told_by: 0,
         worker,
         up: None,
         down: None,
         kept: None,
         overheard: None,
+        names: None,
     };
     match session.run().await {
         Farewell::Terminated => tracing::debug!(id, "client left"),

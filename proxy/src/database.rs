@@ -46,6 +46,7 @@ use crate::resolver::Registry;
 use crate::resolver::Resolver;
 use crate::route;
 use crate::route::{Active, Durable, Endpoint, Route};
+use crate::statements::{Budget, Cache};
 use crate::tls::{Connector, RootCert};
 
 use link::Link;
@@ -74,6 +75,8 @@ pub struct Process {
     pub resolver: Resolver,
     /// Server connections per user over all databases.
     pub user_connections: Arc<Mutex<UserConnections>>,
+    /// Bytes of the texts of named statements, of all databases.
+    pub statements: Budget,
     /// This instance's name in the decision stores.
     pub instance: Arc<str>,
     /// Where its console can be reached.
@@ -157,6 +160,7 @@ impl Database {
             connections: Arc::default(),
             servers: Mutex::default(),
             errands: Errands::default(),
+            statements: Cache::new(Arc::clone(&process.statements)),
         });
         Ok(Arc::new(Self {
             site,

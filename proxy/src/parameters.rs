@@ -3,6 +3,8 @@
 //! Invariant: a server connection differs from its start by exactly its [`Settings`]; so what has to be said to make it
 //! fit another client is the difference of two of them. Names compare without regard to case, as in PostgreSQL. Pure.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
+
 use crate::message::Pair;
 
 /// Settings that differ from what the server connection started with, sorted by name.
@@ -21,6 +23,20 @@ const READ_ONLY: [&[u8]; 7] = [
     b"session_authorization",
     b"in_hot_standby",
     b"scram_iterations",
+];
+
+/// Reported parameters that say how bytes are read and written: a live session keeps what it has when its database moves,
+/// because the program at its other end goes on reading and writing so. All others are told as the new server has them.
+const KEPT: [&[u8]; 5] =
+    [b"client_encoding", b"DateStyle", b"IntervalStyle", b"standard_conforming_strings", b"TimeZone"];
+
+/// Settings that no statement's meaning depends on and in which clients often differ.
+const MEANINGLESS: [&[u8]; 5] = [
+    b"application_name",
+    b"extra_float_digits",
+    b"idle_in_transaction_session_timeout",
+    b"lock_timeout",
+    b"statement_timeout",
 ];
 
 impl Settings {
@@ -65,6 +81,19 @@ impl Settings {
         }
     }
 
+    /// With what a session that was `told` so keeps on another server that starts with `initial`; `None` if the two agree.
+    #[must_use]
+    pub fn carried(&self, told: &Reported, initial: &Reported) -> Option<Settings> {
+        let mut carried = None;
+        for name in KEPT {
+            let (Some(had), Some(has)) = (reported(told, name), reported(initial, name)) else { continue };
+            if had != has && self.value(name).is_none() {
+                carried.get_or_insert_with(|| self.clone()).set(name.into(), had.into());
+            }
+        }
+        carried
+    }
+
     /// The Query that turns a server connection with these settings into one with `wanted`; `None` if nothing differs.
     #[must_use]
     pub fn query_to(&self, wanted: &Settings) -> Option<Vec<u8>> {
@@ -84,6 +113,35 @@ impl Settings {
             query.extend_from_slice(b", false)");
         }
         (!query.is_empty()).then_some(query)
+    }
+
+    /// The Query that gives a server connection these settings, whatever it has.
+    #[must_use]
+    pub fn query_from_start(&self) -> Vec<u8> {
+        let mut query = b"RESET ALL; ".to_vec();
+        query.extend_from_slice(&Settings::default().query_to(self).unwrap_or_default());
+        query
+    }
+
+    /// With those of `start` that are not among them.
+    #[must_use]
+    pub fn completed(&self, start: &Settings) -> Settings {
+        let mut completed = self.clone();
+        for (name, value) in &start.0 {
+            if self.value(name).is_none() {
+                completed.set(name.clone(), value.clone());
+            }
+        }
+        completed
+    }
+
+    /// A number that differs where a text may be analysed differently under these settings.
+    #[must_use]
+    pub fn seal(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        let meaning = self.0.iter().filter(|(name, _)| !MEANINGLESS.iter().any(|m| m.eq_ignore_ascii_case(name)));
+        meaning.for_each(|(name, value)| (name.to_ascii_lowercase(), value).hash(&mut hasher));
+        hasher.finish()
     }
 
     fn find(&self, name: &[u8]) -> Result<usize, usize> {
@@ -168,5 +226,21 @@ mod tests {
         settings.follow(&initial, b"TimeZone", b"UTC");
         settings.follow(&initial, b"server_version", b"17");
         assert_eq!(settings, Settings::default());
+    }
+    #[test]
+    fn a_session_that_moves_keeps_how_it_reads_and_is_told_the_rest() {
+        let old = vec![pair("server_version", "13"), pair("TimeZone", "UTC"), pair("DateStyle", "ISO, MDY")];
+        let new = vec![
+            pair("server_version", "17"),
+            pair("in_hot_standby", "off"),
+            pair("TimeZone", "CET"),
+            pair("DateStyle", "German, DMY"),
+        ];
+        let own = Settings::new([pair("datestyle", "SQL, DMY")]);
+        let carried = own.carried(&old, &new).unwrap();
+        assert_eq!(carried, Settings::new([pair("datestyle", "SQL, DMY"), pair("TimeZone", "UTC")]));
+        assert_eq!(own.carried(&old, &old), None);
+        let told: Vec<_> = differences(&old, &new).map(|(name, _)| String::from_utf8_lossy(name)).collect();
+        assert_eq!(told, ["server_version", "in_hot_standby", "TimeZone", "DateStyle"], "before it is set back");
     }
 }

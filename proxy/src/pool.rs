@@ -33,6 +33,7 @@ use crate::parameters::{Reported, Settings};
 use crate::relay::ShutSignal;
 use crate::report::{Report, SqlState};
 use crate::route::{Active, Route};
+use crate::statements::{Cache, Shelf};
 use crate::tracker::Tracker;
 
 /// How many tickets a waiter on the releasing worker may overtake, as a multiple of the pool's size.
@@ -63,6 +64,8 @@ pub struct Site {
     pub servers: Mutex<BTreeMap<u64, Weak<Server>>>,
     /// What sessions are asked to do.
     pub errands: Errands,
+    /// Texts of the named statements of its transaction-pooled clients.
+    pub statements: Cache,
 }
 
 impl Site {
@@ -354,7 +357,9 @@ impl Pool {
             reported: Arc::clone(&initial),
             initial,
             applied: Arc::new(Settings::default()),
+            is_reset: false,
             tracker: Tracker::default(),
+            shelf: Shelf::default(),
             home: worker,
             generation: active.generation,
             idle_since: Instant::now(),

@@ -18,16 +18,17 @@ use crate::frame::{HEADER_BYTES, Header};
 use crate::message;
 use crate::message::Pair;
 use crate::report::Report;
+use crate::statements::{Back, Counts, Desk, Look, Rest};
 use crate::stream::Stream;
-use crate::tracker::{Front, Shut, Tracker};
+use crate::tracker::{Front, Shut, Stand, Status, Tracker};
 
-/// What may pass: the rules of the pool mode.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Statements {
+/// What becomes of named statements: the rules of the pool mode.
+#[derive(Debug)]
+pub enum Statements<'a> {
     /// The client keeps its server: named statements are its own affair.
     Kept,
-    /// The next transaction may get another server: a named statement would be lost, so it is refused.
-    Unnamed,
+    /// The client's names stand for what each server has under names of ours.
+    Shared(Desk<'a>),
 }
 
 /// Tells whether new statements have to wait; asked per batch of frames.
@@ -51,10 +52,10 @@ pub struct Relay<'a, S> {
     pub tracker: &'a mut Tracker,
     /// Whether new statements have to wait.
     pub shut: &'a S,
-    /// What may pass.
-    pub statements: Statements,
     /// Takes note of what a session is made of; for a client that keeps its server.
     pub overheard: Option<&'a mut Overheard>,
+    /// What may pass.
+    pub statements: Statements<'a>,
     /// Settings that the server reported on the way, in order.
     pub reported: Vec<Pair>,
     /// Bytes moved.
@@ -70,6 +71,8 @@ pub struct Moved {
     pub down_bytes: u64,
     /// Statements forwarded (Query, Execute, FunctionCall).
     pub queries: u64,
+    /// Answers to messages of ours, withheld.
+    pub withheld: u64,
 }
 
 /// How a transaction ended.
@@ -77,6 +80,8 @@ pub struct Moved {
 pub enum End {
     /// At rest: the server connection may serve somebody else. The client's buffer may hold its next statement.
     Rest,
+    /// At rest, but the server connection must serve nobody else, and the client has to be told.
+    Spoiled(Box<Report>),
     /// The client said goodbye.
     Terminated,
     /// The client's connection broke.
@@ -99,6 +104,16 @@ enum Scan {
     End(End),
 }
 
+/// What is known of a client's message before the tracker decides about it.
+enum Known {
+    /// It goes as it is, as far as statements are concerned.
+    Plain,
+    /// It has to be rewritten.
+    Rewrite,
+    /// It does not go now.
+    Not(Scan),
+}
+
 impl<S: ShutSignal> Relay<'_, S> {
     /// Moves what can be moved; ready at the end. No byte is lost when nobody polls again, but the connection is then in
     /// the middle of things: whoever drops this closes the server connection.
@@ -112,11 +127,34 @@ impl<S: ShutSignal> Relay<'_, S> {
                 return Poll::Ready(end);
             }
             if self.is_done() {
-                return Poll::Ready(End::Rest);
+                return Poll::Ready(self.rest());
             }
             if before == self.moved {
                 return Poll::Pending;
             }
+        }
+    }
+
+    fn rest(&self) -> End {
+        match &self.statements {
+            Statements::Shared(desk) if desk.is_spoiled() => End::Spoiled(Box::new(Report::prepared_by_sql())),
+            Statements::Shared(_) | Statements::Kept => End::Rest,
+        }
+    }
+
+    /// Whether a client that shares the server has reset settings there.
+    pub fn has_reset(&self) -> bool {
+        match &self.statements {
+            Statements::Shared(desk) => desk.has_reset(),
+            Statements::Kept => false,
+        }
+    }
+
+    /// After the end: settles what the statements leave behind; the messages about them that went through.
+    pub fn part(&mut self) -> Counts {
+        match &mut self.statements {
+            Statements::Shared(desk) => desk.part(),
+            Statements::Kept => Counts::default(),
         }
     }
 
@@ -167,12 +205,10 @@ impl<S: ShutSignal> Relay<'_, S> {
                 Ok(None) => return Scan::Dry,
                 Err(error) => return Scan::End(refused(Report::protocol_violation(error.to_string()))),
             };
-            if header.tag == b'P' && self.statements == Statements::Unnamed {
-                match self.statement_is_named(header) {
-                    Some(false) => {}
-                    Some(true) => return Scan::End(refused(Report::named_statement())),
-                    None => return Scan::Dry,
-                }
+            let stand = self.tracker.stand();
+            let known = self.know(header, stand);
+            if let Known::Not(scan) = known {
+                return scan;
             }
             if !self.overhears(header) {
                 return Scan::Dry;
@@ -181,7 +217,9 @@ impl<S: ShutSignal> Relay<'_, S> {
                 Front::Forward => {
                     self.overhear(header);
                     self.moved.queries += u64::from(matches!(header.tag, b'Q' | b'E' | b'F'));
-                    self.up.send(header);
+                    if let Some(end) = self.forward(header, stand, matches!(known, Known::Rewrite)) {
+                        return Scan::End(end);
+                    }
                 }
                 Front::Drop => self.up.discard(header),
                 Front::Hold => return Scan::Held,
@@ -194,18 +232,43 @@ impl<S: ShutSignal> Relay<'_, S> {
         }
     }
 
-    /// The one place where statement names pass; `None` while the first byte of the name has not come.
-    fn statement_is_named(&self, header: Header) -> Option<bool> {
-        if header.total_bytes <= HEADER_BYTES {
-            return Some(false); // Malformed: the server says so.
+    /// What the message at hand is to the statements.
+    fn know(&mut self, header: Header, stand: Stand) -> Known {
+        match &self.statements {
+            Statements::Kept => Known::Plain,
+            Statements::Shared(desk) => match desk.look(header, self.up.pending(), stand) {
+                Look::Plain => Known::Plain,
+                Look::Rewrite => Known::Rewrite,
+                Look::More(bytes) => {
+                    self.up.holds(bytes, usize::MAX); // Bounded by the desk.
+                    Known::Not(Scan::Dry)
+                }
+                Look::Wait => Known::Not(Scan::Held),
+                Look::Refuse(report) => Known::Not(Scan::End(End::Refused(report))),
+            },
         }
-        self.up.pending().get(HEADER_BYTES).map(|first| *first != 0)
+    }
+
+    fn forward(&mut self, header: Header, stand: Stand, rewritten: bool) -> Option<End> {
+        if let Statements::Shared(desk) = &mut self.statements {
+            if rewritten {
+                let failed = self.tracker.status() == Status::Failed;
+                let (front_bytes, rest, bytes) = desk.rewrite(header, self.up.pending(), failed);
+                self.up.replace(header, front_bytes, bytes, rest);
+                return None;
+            }
+            if !desk.sent(header, self.up.pending(), stand) {
+                return Some(refused(Report::statements_out_of_order()));
+            }
+        }
+        self.up.send(header);
+        None
     }
 
     /// Whether the message is here as far as it has to be overheard. A server, too, acts on it only when it is whole.
     fn overhears(&mut self, header: Header) -> bool {
         let text = matches!(header.tag, b'Q' | b'P') && header.total_bytes <= WHOLE_BYTES_MAX;
-        self.overheard.is_none() || !text || self.up.holds(header.total_bytes)
+        self.overheard.is_none() || !text || self.up.holds(header.total_bytes, WHOLE_BYTES_MAX)
     }
 
     fn overhear(&mut self, header: Header) {
@@ -262,6 +325,7 @@ impl<S: ShutSignal> Relay<'_, S> {
             {
                 overheard.answer(header.tag);
             }
+            let wanted = matches!(self.statements, Statements::Shared(_)) && Desk::wants(header);
             match header.tag {
                 b'S' if header.total_bytes > WHOLE_BYTES_MAX => {
                     return Scan::End(End::ServerNonsense("ParameterStatus without end".to_owned()));
@@ -269,7 +333,8 @@ impl<S: ShutSignal> Relay<'_, S> {
                 b'Z' if header.total_bytes != HEADER_BYTES + 1 => {
                     return Scan::End(End::ServerNonsense("ReadyForQuery of the wrong length".to_owned()));
                 }
-                b'Z' | b'S' if !self.down.holds(header.total_bytes) => return Scan::Dry,
+                b'Z' | b'S' if !self.down.holds(header.total_bytes, WHOLE_BYTES_MAX) => return Scan::Dry,
+                _ if wanted && !self.down.holds(header.total_bytes, WHOLE_BYTES_MAX) => return Scan::Dry,
                 b'Z' => self.tracker.backend(b'Z', self.down.pending()[HEADER_BYTES]),
                 b'S' => {
                     let body = &self.down.pending()[HEADER_BYTES..header.total_bytes];
@@ -285,8 +350,44 @@ impl<S: ShutSignal> Relay<'_, S> {
                 }
                 tag => self.tracker.backend(tag, 0),
             }
-            self.down.send(header);
+            if let Err(end) = self.pass_down(header, wanted) {
+                return Scan::End(end);
+            }
         }
+    }
+
+    /// Clears, withholds or renames a server's message that the tracker has seen.
+    fn pass_down(&mut self, header: Header, wanted: bool) -> Result<(), End> {
+        let Statements::Shared(desk) = &mut self.statements else {
+            self.down.send(header);
+            return Ok(());
+        };
+        let body = if wanted { &self.down.pending()[HEADER_BYTES..header.total_bytes] } else { &[] };
+        match desk.back(header.tag, body) {
+            Back::Pass => self.down.send(header),
+            Back::Swallow => {
+                self.moved.withheld += 1;
+                self.down.discard(header);
+            }
+            Back::Instead => self.down.replace(header, header.total_bytes, desk.instead(), Rest::Drop),
+            Back::As(tag) => {
+                self.down.retag(tag);
+                self.down.send(header);
+            }
+            Back::Nonsense => {
+                return Err(End::ServerNonsense(format!("answer {} to no message of ours", char::from(header.tag))));
+            }
+        }
+        if matches!(header.tag, b'Z' | b'G') {
+            if self.tracker.stand() == Stand::Lost {
+                if !desk.lose_order() {
+                    return Err(refused(Report::statements_out_of_order()));
+                }
+            } else {
+                desk.settle(self.tracker.owed());
+            }
+        }
+        Ok(())
     }
 }
 

@@ -75,6 +75,10 @@ impl SqlState {
     pub const UNDEFINED_OBJECT: Self = Self(*b"42704");
     /// 53300: no more connections.
     pub const TOO_MANY_CONNECTIONS: Self = Self(*b"53300");
+    /// 53400: more than a limit of ours.
+    pub const CONFIGURATION_LIMIT_EXCEEDED: Self = Self(*b"53400");
+    /// 54000: longer than can be taken.
+    pub const PROGRAM_LIMIT_EXCEEDED: Self = Self(*b"54000");
     /// 55000: not in the state this needs.
     pub const WRONG_STATE: Self = Self(*b"55000");
     /// 55P03: what this needs was not free in time.
@@ -408,9 +412,43 @@ impl Report {
     /// 0A000: a named statement where the next transaction may run on another server connection.
     #[must_use]
     pub fn named_statement() -> Self {
-        let message = "named prepared statements are not supported in transaction pooling yet";
+        let message = "named prepared statements are switched off in transaction pooling (max_prepared_statements = 0)";
         Self::fatal(SqlState::FEATURE_NOT_SUPPORTED, message, Blame::Operator)
             .with_hint("Use session pooling for this user, or let the driver send unnamed statements.")
+    }
+
+    /// 0A000: SQL prepared a statement on a server connection that the client does not keep.
+    #[must_use]
+    pub fn prepared_by_sql() -> Self {
+        let message =
+            "PREPARE is not supported in transaction pooling: the statement is lost, and so is this connection";
+        Self::fatal(SqlState::FEATURE_NOT_SUPPORTED, message, Blame::Client)
+            .with_hint("Use session pooling for this user, or let the driver prepare statements by the protocol.")
+    }
+
+    /// 0A000: named statements in a sequence of messages whose answers can't be told apart.
+    #[must_use]
+    pub fn statements_out_of_order() -> Self {
+        let message = "named prepared statements can't be followed through a Query or COPY in the middle of a batch";
+        Self::fatal(SqlState::FEATURE_NOT_SUPPORTED, message, Blame::Client)
+            .with_hint("End the batch with Sync first, or use session pooling for this user.")
+    }
+
+    /// 53400: a client's statements are too many, or too long together.
+    #[must_use]
+    pub fn too_many_statements() -> Self {
+        let message = "too many named prepared statements for one client in transaction pooling";
+        Self::fatal(SqlState::CONFIGURATION_LIMIT_EXCEEDED, message, Blame::Client)
+            .with_hint("Close statements that are not used any more, or use session pooling for this user.")
+    }
+
+    /// 54000: a named statement's text does not fit.
+    #[must_use]
+    pub fn statement_too_long(bytes_max: usize) -> Self {
+        let message =
+            format!("a named prepared statement is longer than the {bytes_max} bytes that transaction pooling takes");
+        Self::fatal(SqlState::PROGRAM_LIMIT_EXCEEDED, message, Blame::Client)
+            .with_hint("Use an unnamed statement, or session pooling for this user.")
     }
 
     /// 22023: the server refused a setting that the client asked for in its Startup; `why` are the server's words.

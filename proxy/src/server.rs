@@ -162,6 +162,7 @@ fn door(config: Config, workers: usize) -> anyhow::Result<Arc<Door>> {
         clients: Arc::new(Clients::default()),
         resolver: Resolver::system(),
         user_connections: Arc::default(),
+        statements: Arc::default(),
         instance: instance.into(),
         address: Arc::new(Mutex::new(String::new())),
     };

@@ -10,6 +10,7 @@ mod wait;
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,7 @@ use crate::parameters::{Reported, Settings};
 use crate::pool::{Kept, Lease, NoServer, Pool};
 use crate::relay::{Buffer, End, Moved, Overheard, Read, Relay, Statements};
 use crate::report::{Report, Severity};
+use crate::statements::{Desk, Names};
 use crate::stream::Stream;
 use crate::tracker::Tracker;
 
@@ -44,10 +46,14 @@ pub struct Session {
     pub pool: Arc<Pool>,
     /// What it counts with.
     pub meter: Meter,
-    /// The settings it asked for.
+    /// The settings that it has.
     pub settings: Arc<Settings>,
+    /// Those it asked for in its Startup: what RESET takes them back to.
+    pub startup: Arc<Settings>,
     /// What it was told of its server.
     pub told: Arc<Reported>,
+    /// The route's generation of the server that last told it; 0 if none has served it yet.
+    pub told_by: u64,
     /// The worker that runs it.
     pub worker: usize,
     /// Bytes from the client; none at rest.
@@ -56,6 +62,8 @@ pub struct Session {
     pub down: Option<Buffer>,
     /// A session-pooled client's server connection.
     pub kept: Option<Box<Kept>>,
+    /// A transaction-pooled client's named statements; none until it has prepared one.
+    pub names: Option<Box<Names>>,
     /// What its texts told since it keeps a server connection.
     pub overheard: Option<Box<Overheard>>,
 }
@@ -165,6 +173,7 @@ impl Session {
         }
         let mut up = self.up.take().unwrap_or_else(Buffer::take);
         let gate = Arc::clone(&self.pool.site.gate);
+        let prepared_max = self.pool.site.config.load().general.max_prepared_statements as usize;
         let pooled = &mut *lease.pooled;
         let mut relay = Relay {
             client: &mut self.stream,
@@ -175,7 +184,13 @@ impl Session {
             shut: &*gate,
             statements: match self.client.who.pool_mode {
                 PoolMode::Session => Statements::Kept,
-                PoolMode::Transaction => Statements::Unnamed,
+                PoolMode::Transaction => Statements::Shared(Desk::new(
+                    &mut self.names,
+                    &mut pooled.shelf,
+                    &self.pool.site.statements,
+                    &self.settings,
+                    prepared_max,
+                )),
             },
             overheard: match self.client.who.pool_mode {
                 PoolMode::Session => Some(self.overheard.get_or_insert_default()),
@@ -191,8 +206,17 @@ impl Session {
         })
         .await;
         let (reported, moved) = (std::mem::take(&mut relay.reported), relay.moved);
+        let (counts, has_reset) = (relay.part(), relay.has_reset());
+        self.meter.parses(counts.client_parses, counts.server_parses);
+        self.meter.binds(counts.binds);
+        self.client.prepared.store(self.names.as_ref().map_or(0, |names| names.len()), Ordering::Relaxed);
+        pooled.shared.prepared.store(pooled.shelf.len(), Ordering::Relaxed);
         if !reported.is_empty() {
             self.follow(&mut lease, &reported);
+        }
+        if has_reset {
+            lease.pooled.is_reset = true;
+            self.settings = Arc::new(self.settings.completed(&self.startup));
         }
         if !up.is_empty() {
             self.up = Some(up);
@@ -206,8 +230,20 @@ impl Session {
     /// Applies the client's settings to the server connection and tells the client what is different there.
     async fn fit(&mut self, lease: &mut Lease, down: &mut Buffer) -> Result<(), Farewell> {
         let pooled = &mut *lease.pooled;
-        if !Arc::ptr_eq(&pooled.applied, &self.settings) {
-            if let Some(query) = pooled.applied.query_to(&self.settings) {
+        // A session that keeps its server is moved whole, or not at all.
+        let shares = self.client.who.pool_mode == PoolMode::Transaction;
+        let moved = shares && self.told_by != 0 && self.told_by != pooled.generation;
+        self.told_by = pooled.generation;
+        if moved && let Some(carried) = self.settings.carried(&self.told, &pooled.initial) {
+            self.settings = Arc::new(carried);
+        }
+        if pooled.is_reset || !Arc::ptr_eq(&pooled.applied, &self.settings) {
+            let query = if pooled.is_reset {
+                Some(self.settings.query_from_start())
+            } else {
+                pooled.applied.query_to(&self.settings)
+            };
+            if let Some(query) = query {
                 let deadline = tokio::time::Instant::now() + OWN_STATEMENT;
                 // Not UTF-8: the server answers what it thinks of it.
                 let query = String::from_utf8_lossy(&query);
@@ -217,7 +253,7 @@ impl Session {
                 }
                 pooled.reported = Arc::new(pooled.server.parameters.clone());
             }
-            pooled.applied = Arc::clone(&self.settings);
+            (pooled.applied, pooled.is_reset) = (Arc::clone(&self.settings), false);
         }
         if !Arc::ptr_eq(&pooled.reported, &self.told) {
             let mut news = BytesMut::new();
@@ -255,6 +291,10 @@ impl Session {
             End::Terminated => Some(Farewell::Terminated),
             End::ClientGone(error) => Some(Farewell::ClientGone(error)),
             End::Refused(report) => Some(Farewell::Refused(report)),
+            End::Spoiled(report) => {
+                lease.close();
+                return Err(Farewell::Refused(report));
+            }
             End::ServerGone(error) => {
                 self.pool.site.events.servers_lost.count();
                 lease.close();
@@ -392,6 +432,7 @@ impl Session {
             Ok(_) => {
                 kept.pooled.reported = Arc::new(kept.pooled.server.parameters.clone());
                 kept.pooled.applied = Arc::new(Settings::default());
+                kept.pooled.shelf.clear();
                 kept.rest();
             }
             Err(_) => kept.close(),

@@ -106,6 +106,19 @@ pub enum Front {
     Illegal,
 }
 
+/// Where a session stands between two messages of its client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stand {
+    /// Between batches.
+    Between,
+    /// In a batch.
+    Batch,
+    /// The server reads copy data.
+    Copy,
+    /// Nobody can tell how many answers are owed.
+    Lost,
+}
+
 /// Follows one session on one server connection.
 #[derive(Debug)]
 pub struct Tracker {
@@ -139,6 +152,23 @@ impl Tracker {
     #[must_use]
     pub fn is_busy(&self) -> bool {
         !self.owed.is_empty() || self.batch != Batch::Closed || self.copy != Copy::No
+    }
+
+    /// Where the next message of the client comes in.
+    #[must_use]
+    pub fn stand(&self) -> Stand {
+        match (self.copy, self.batch) {
+            (Copy::Lost, _) => Stand::Lost,
+            (Copy::In, _) => Stand::Copy,
+            (Copy::No, Batch::Open(_)) => Stand::Batch,
+            (Copy::No, Batch::Closed) => Stand::Between,
+        }
+    }
+
+    /// ReadyForQuery messages owed.
+    #[must_use]
+    pub fn owed(&self) -> usize {
+        self.owed.len()
     }
 
     /// Decides about a client's message and, if it is forwarded, takes note of it.

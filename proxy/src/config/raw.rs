@@ -47,6 +47,7 @@ pub(super) struct General {
     pub(super) max_client_conn: Option<u32>,
     pub(super) max_db_connections: Option<u32>,
     pub(super) max_user_connections: Option<u32>,
+    pub(super) max_prepared_statements: Option<u32>,
     pub(super) client_login_timeout: Option<Span>,
     pub(super) query_wait_timeout: Option<Span>,
     pub(super) server_connect_timeout: Option<Span>,

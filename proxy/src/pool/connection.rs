@@ -14,6 +14,7 @@ use crate::frame;
 use crate::message;
 use crate::parameters;
 use crate::parameters::{Reported, Settings};
+use crate::statements::Shelf;
 use crate::stream::Arrived;
 use crate::tracker::Tracker;
 
@@ -73,12 +74,16 @@ pub struct Pooled {
     pub reported: Arc<Reported>,
     /// How it differs from its start.
     pub applied: Arc<Settings>,
+    /// A client has reset settings: what is applied is not known.
+    pub is_reset: bool,
     /// Whether it rests.
     pub tracker: Tracker,
+    /// What is prepared there for clients that share it.
+    pub shelf: Shelf,
     /// The worker whose runtime its socket is registered with.
     pub(super) home: usize,
     /// The route's generation that it belongs to.
-    pub(super) generation: u64,
+    pub generation: u64,
     /// When it came to rest.
     pub(super) idle_since: Instant,
     pub(super) place: Place,

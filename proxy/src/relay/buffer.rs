@@ -12,6 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::frame;
 use crate::frame::{FrameError, Header};
+use crate::statements::Rest;
 
 /// Large enough that a read of an ordinary answer is short, which tells the runtime that the socket is empty without
 /// another system call; small enough that a thousand of them are 16 MB.
@@ -122,19 +123,53 @@ impl Buffer {
     }
 
     /// Whether `bytes` of the message at hand are here. If they never could be, the buffer grows, within bounds.
-    pub fn holds(&mut self, bytes: usize) -> bool {
+    pub fn holds(&mut self, bytes: usize, bytes_max: usize) -> bool {
         if self.end - self.cleared >= bytes {
             return true;
         }
-        if bytes > self.data.len() && bytes <= WHOLE_BYTES_MAX {
-            let mut larger = vec![0; bytes.next_power_of_two()].into_boxed_slice();
-            larger[..self.end - self.start].copy_from_slice(&self.data[self.start..self.end]);
+        if bytes > self.data.len() && bytes <= bytes_max {
+            self.grow(bytes);
+        }
+        false
+    }
+
+    /// Moves to a place with room for so many bytes.
+    fn grow(&mut self, bytes: usize) {
+        let mut larger = vec![0; bytes.next_power_of_two()].into_boxed_slice();
+        larger[..self.end - self.start].copy_from_slice(&self.data[self.start..self.end]);
+        self.cleared -= self.start;
+        self.end -= self.start;
+        self.start = 0;
+        self.data = larger;
+    }
+
+    /// Puts bytes of our own, cleared, in the place of the first bytes of the message at hand. What follows of it is sent
+    /// on or dropped, also the part that has not come yet.
+    pub fn replace(&mut self, header: Header, front_bytes: usize, bytes: &[u8], rest: Rest) {
+        let needed = self.end - self.start - front_bytes + bytes.len();
+        if needed > self.data.len() {
+            self.grow(needed);
+        } else if self.end - front_bytes + bytes.len() > self.data.len() {
+            self.data.copy_within(self.start..self.end, 0);
             self.cleared -= self.start;
             self.end -= self.start;
             self.start = 0;
-            self.data = larger;
         }
-        false
+        self.data.copy_within(self.cleared + front_bytes..self.end, self.cleared + bytes.len());
+        self.data[self.cleared..self.cleared + bytes.len()].copy_from_slice(bytes);
+        self.end = self.end - front_bytes + bytes.len();
+        self.cleared += bytes.len();
+        let left = header.total_bytes - front_bytes;
+        self.passing = match rest {
+            _ if left == 0 => Passing::Between,
+            Rest::Send => Passing::Send(left),
+            Rest::Drop => Passing::Drop(left),
+        };
+    }
+
+    /// Gives the message at hand another tag.
+    pub fn retag(&mut self, tag: u8) {
+        self.data[self.cleared] = tag;
     }
 
     /// Clears the message at hand, also the part of it that has not come yet.
@@ -267,6 +302,28 @@ mod tests {
     }
 
     #[test]
+    fn the_front_of_a_message_is_replaced_and_its_rest_is_sent_or_dropped() {
+        for (rest, wanted) in [(Rest::Send, &b"Sxnew!cdeS\0\0\0\x04"[..]), (Rest::Drop, b"Sxnew!S\0\0\0\x04")] {
+            for new in [&b"new!"[..], &[b'n'; 20_000]] {
+                let mut buffer = Buffer::take();
+                read(&mut buffer, b"Sx");
+                (buffer.cleared, buffer.passing) = (2, Passing::Between);
+                read(&mut buffer, b"B\0\0\0\x09abc");
+                let header = buffer.next_header().unwrap().unwrap();
+                buffer.replace(header, 7, new, rest);
+                assert_eq!(buffer.next_header().unwrap(), None);
+                read(&mut buffer, b"deS\0\0\0\x04");
+                let last = buffer.next_header().unwrap().unwrap();
+                buffer.send(last);
+                assert_eq!(buffer.next_header().unwrap(), None);
+                let wanted = [&wanted[..2], new, &wanted[6..]].concat();
+                assert_eq!(written(&mut buffer), wanted);
+                assert!(buffer.is_empty());
+            }
+        }
+    }
+
+    #[test]
     fn a_message_longer_than_the_buffer_streams_through() {
         let mut buffer = Buffer::take();
         let body = vec![7_u8; 100_000];
@@ -294,9 +351,9 @@ mod tests {
         message.extend_from_slice(&vec![b'x'; 50_000]);
         read(&mut buffer, &message[..10_000]);
         let header = buffer.next_header().unwrap().unwrap();
-        assert!(!buffer.holds(header.total_bytes));
+        assert!(!buffer.holds(header.total_bytes, WHOLE_BYTES_MAX));
         read(&mut buffer, &message[10_000..]);
-        assert!(buffer.holds(header.total_bytes));
-        assert!(!buffer.holds(2 * WHOLE_BYTES_MAX));
+        assert!(buffer.holds(header.total_bytes, WHOLE_BYTES_MAX));
+        assert!(!buffer.holds(2 * WHOLE_BYTES_MAX, WHOLE_BYTES_MAX));
     }
 }

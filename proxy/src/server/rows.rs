@@ -125,7 +125,7 @@ pub(super) fn client(client: &Client) -> SocketRow {
         remote_pid: 0,
         tls: client.who.tls.to_string(),
         application_name: client.application_name().to_string(),
-        prepared_statements: 0,
+        prepared_statements: count(client.prepared.load(Ordering::Relaxed)),
     }
 }
 
@@ -151,7 +151,7 @@ pub(super) fn servers(database: &Database) -> Vec<SocketRow> {
         remote_pid: server.pid,
         tls: if server.tls { "TLS".to_owned() } else { String::new() },
         application_name: String::new(),
-        prepared_statements: 0,
+        prepared_statements: count(server.prepared.load(Ordering::Relaxed)),
     };
     database.site.servers().into_iter().map(row).collect()
 }

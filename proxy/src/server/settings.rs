@@ -75,6 +75,7 @@ settings! {
     max_client_conn: plain, set number;
     max_db_connections: plain, set number;
     max_user_connections: plain, set number;
+    max_prepared_statements: plain, set number;
     client_login_timeout: seconds, set duration;
     query_wait_timeout: seconds, set duration;
     server_connect_timeout: seconds, set duration;

@@ -30,6 +30,10 @@ mod house;
 #[cfg(test)]
 mod traffic;
 #[cfg(test)]
+mod prepared;
+#[cfg(test)]
+mod parameters;
+#[cfg(test)]
 mod hold;
 #[cfg(test)]
 mod cancel;

@@ -389,8 +389,12 @@ async fn a_client_that_vanishes_in_a_transaction_rolls_back_and_the_next_one_is_
 }
 
 #[tokio::test]
-async fn a_named_statement_in_transaction_pooling_is_refused_loudly() {
-    let house = House::open(one_server).await;
+async fn a_named_statement_where_they_are_switched_off_is_refused_loudly() {
+    let house = House::open(|options| {
+        one_server(options);
+        options.setting("max_prepared_statements", 0);
+    })
+    .await;
     let client = house.connect(APP).await;
     let error = client.prepare("SELECT 1").await.unwrap_err();
     assert_eq!(sqlstate(&error), "0A000");
