@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 
 use crate::backend::{Address, BackendKey};
 use crate::config::PoolMode;
+use crate::message::Replication;
 
 /// Who a client is; fixed once it is logged in.
 #[derive(Debug, Clone)]
@@ -33,6 +34,8 @@ pub struct Who {
     pub tls: Box<str>,
     /// How long it keeps its server.
     pub pool_mode: PoolMode,
+    /// Whether its connection is one for replication: such a one keeps its server, and moves with no switch.
+    pub replication: Replication,
 }
 
 /// A logged-in client.
@@ -129,6 +132,14 @@ pub struct Server {
     /// Cancel requests on their way to it.
     cancels: AtomicU32,
     cancelled: Notify,
+}
+
+impl Who {
+    /// Whether its connection is one for replication.
+    #[must_use]
+    pub fn replicates(&self) -> bool {
+        self.replication != Replication::No
+    }
 }
 
 impl Client {

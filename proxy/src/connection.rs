@@ -16,17 +16,19 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::auth;
 use crate::auth::{Identity, Lookup, Terms, Users};
+use crate::backend::Login;
 use crate::cancel::{Cancels, Issued, Owner};
-use crate::client::{Client, Who};
+use crate::client::{Client, Enrolled, Who};
+use crate::config::PoolMode;
 use crate::database::{Database, Process};
 use crate::handshake;
 use crate::handshake::Hello;
 use crate::message;
-use crate::message::{Protocol, Replication, Startup};
+use crate::message::{Pair, Protocol, Replication, Startup};
 use crate::metrics::Book;
 use crate::parameters;
 use crate::parameters::{Reported, Settings};
-use crate::pool::{NoServer, Pool};
+use crate::pool::{Kept, Lease, NoServer, Pool};
 use crate::report::{Blame, Report, SqlState};
 use crate::session::{Farewell, Session};
 use crate::stream::{Peer, Stream};
@@ -172,20 +174,39 @@ enum Entered {
 /// A client that has been welcomed.
 struct Entry {
     client: Arc<Client>,
-    pool: Arc<Pool>,
-    settings: Settings,
-    told: Reported,
+    served: Served,
     _key: Issued,
     _place: Place,
 }
 
+/// How a client is served.
+struct Served {
+    /// Where its server connections come from.
+    pool: Arc<Pool>,
+    /// What has to be said to each of them in its name.
+    settings: Settings,
+    /// What it is told at its login.
+    told: Reported,
+    /// The one that it has from the start, and its place in the list of clients.
+    own: Option<(Box<Kept>, Enrolled)>,
+}
+
+impl Served {
+    /// Its settings are the server's from the start.
+    fn one_to_one(pool: Arc<Pool>, kept: Kept, enrolled: Enrolled) -> Self {
+        let told = Reported::clone(&kept.pooled.initial);
+        Self { pool, settings: Settings::default(), told, own: Some((Box::new(kept), enrolled)) }
+    }
+}
+
 /// Authenticates, and welcomes. Whoever is authenticated and has to wait for a pause waits as long as any held client.
 async fn enter(stream: &mut Stream, arrival: Arrival, door: &Door) -> Result<Entered, Report> {
-    let Arrival { startup, acceptor, deadline, worker } = arrival;
+    let Arrival { mut startup, acceptor, deadline, worker } = arrival;
     let _logging_in = Place::take(&door.logging_in, u32::MAX);
     if CONSOLES.contains(&&*startup.database) {
         return in_time(deadline, console(stream, &startup, door, &acceptor)).await;
     }
+    aim(&mut startup, door);
     let config = door.process.config.load_full();
     let place = Place::take(&door.inside, config.general.max_client_conn).ok_or_else(Report::too_many_clients)?;
     let users = door.users.load_full();
@@ -194,19 +215,25 @@ async fn enter(stream: &mut Stream, arrival: Arrival, door: &Door) -> Result<Ent
     let proof = auth::authenticate(stream, &startup, terms);
     let identity = in_time(deadline, proof).await?;
     let database = known_database(&startup, door)?;
-    if startup.replication != Replication::No {
-        let message = "replication connections are not supported yet";
-        return Err(Report::fatal(SqlState::FEATURE_NOT_SUPPORTED, message, Blame::Operator));
-    }
-    let settings = Settings::new(startup.settings);
-    let pool = database.pool(&identity.user, identity.secret.clone());
-    let told = welcome(&database, &pool, &identity, &settings, worker).await?;
-    let client = Client::new(who(stream, &identity, &database, door), &application_name(&settings));
+    let (protocol, replication) = (startup.protocol, startup.replication);
+    let client =
+        Client::new(who(stream, &identity, &database, replication, door), &application_name(&startup.settings));
+    let served = match replication {
+        Replication::No => pooled(&database, &identity, startup.settings, worker).await?,
+        Replication::Physical | Replication::Database => {
+            let (pool, lease) = server_of_its_own(&database, &identity, startup, worker).await?;
+            // Known before its pass ends: no switch may overlook who keeps a server.
+            let enrolled = door.process.clients.enrol(&client);
+            client.link(&lease.pooled.shared);
+            Served::one_to_one(pool, lease.keep(), enrolled)
+        }
+    };
     let owner = Owner::Client(Arc::downgrade(&client));
-    let key = issue(door, startup.protocol, owner)?;
+    let key = issue(door, protocol, owner)?;
     let deadline = Instant::now() + config.general.client_login_timeout;
-    in_time(deadline, async { say_welcome(stream, &told, &key).await.map_err(|_| Report::client_gone()) }).await?;
-    Ok(Entered::Client(Box::new(Entry { client, pool, settings, told, _key: key, _place: place })))
+    in_time(deadline, async { say_welcome(stream, &served.told, &key).await.map_err(|_| Report::client_gone()) })
+        .await?;
+    Ok(Entered::Client(Box::new(Entry { client, served, _key: key, _place: place })))
 }
 
 /// A step of a login, bounded by the login timeout.
@@ -257,11 +284,15 @@ fn known_database(startup: &Startup, door: &Door) -> Result<Arc<Database>, Repor
     Ok(Arc::clone(database))
 }
 
-fn who(stream: &Stream, identity: &Identity, database: &Database, door: &Door) -> Who {
+fn who(stream: &Stream, identity: &Identity, database: &Database, replication: Replication, door: &Door) -> Who {
     let config = door.process.config.load();
     Who {
         id: door.process.ids.fetch_add(1, Ordering::Relaxed),
-        pool_mode: config.pool_mode(database.name(), &String::from_utf8_lossy(&identity.user)),
+        pool_mode: match replication {
+            Replication::No => config.pool_mode(database.name(), &String::from_utf8_lossy(&identity.user)),
+            Replication::Physical | Replication::Database => PoolMode::Session,
+        },
+        replication,
         user: identity.user.clone(),
         database: database.name().into(),
         addr: match stream.peer() {
@@ -271,6 +302,49 @@ fn who(stream: &Stream, identity: &Identity, database: &Database, door: &Door) -
         local_addr: stream.local_address(),
         tls: if stream.is_tls() { "TLS".into() } else { "".into() },
     }
+}
+
+/// A physical replication connection is to a server and not to a database; its client need not know that we have names
+/// for several (`pg_receivewal` says "replication"). Where one is declared it is meant.
+fn aim(startup: &mut Startup, door: &Door) {
+    let databases = door.databases.load();
+    let is_known = std::str::from_utf8(&startup.database).is_ok_and(|name| databases.contains_key(name));
+    if startup.replication == Replication::Physical
+        && !is_known
+        && databases.len() == 1
+        && let Some(only) = databases.keys().next()
+    {
+        startup.database = only.as_bytes().into();
+    }
+}
+
+/// Served from the pool that it shares with other clients of its user.
+async fn pooled(
+    database: &Database,
+    identity: &Identity,
+    settings: Vec<Pair>,
+    worker: usize,
+) -> Result<Served, Report> {
+    let settings = Settings::new(settings);
+    let pool = database.pool(&identity.user, identity.secret.clone());
+    let told = welcome(database, &pool, identity, &settings, worker).await?;
+    Ok(Served { pool, settings, told, own: None })
+}
+
+/// A server connection logged in as the client is, with its own settings: what the server says against it is said at its
+/// login.
+async fn server_of_its_own(
+    database: &Database,
+    identity: &Identity,
+    startup: Startup,
+    worker: usize,
+) -> Result<(Arc<Pool>, Lease), Report> {
+    let mut settings = startup.settings;
+    settings.extend(startup.replication.value().map(|value| (b"replication"[..].into(), value.into())));
+    let (user, secret) = (identity.user.clone(), identity.secret.clone());
+    let pool = database.pool_for_one(Login { user, secret, settings });
+    let lease = first_server(&pool, worker).await?;
+    Ok((pool, lease))
 }
 
 /// What the client is told of its server: from what servers said before, without asking one if that can be helped, so
@@ -302,9 +376,17 @@ async fn welcome(
     Ok(told)
 }
 
-/// Opens a server connection to learn the welcome. Ended by the hold budget while the gate is shut, else by the login
-/// timeout, whose clock stands still meanwhile.
+/// Opens a server connection to learn the welcome.
 async fn ask_server(pool: &Arc<Pool>, worker: usize) -> Result<Arc<Reported>, Report> {
+    let lease = first_server(pool, worker).await?;
+    let initial = Arc::clone(&lease.pooled.initial);
+    lease.rest();
+    Ok(initial)
+}
+
+/// A server connection at a login. Ended by the hold budget while the gate is shut, else by the login timeout, whose
+/// clock stands still meanwhile.
+async fn first_server(pool: &Arc<Pool>, worker: usize) -> Result<Lease, Report> {
     let config = pool.site.config.load_full();
     let shed_at = Instant::now() + config.general.hold_budget;
     loop {
@@ -313,11 +395,7 @@ async fn ask_server(pool: &Arc<Pool>, worker: usize) -> Result<Arc<Reported>, Re
         let deadline = Instant::now() + config.general.client_login_timeout;
         let checkout = timeout_at(deadline, pool.checkout(pass, worker)).await;
         match checkout.map_err(|_| Report::login_timeout())? {
-            Ok(lease) => {
-                let initial = Arc::clone(&lease.pooled.initial);
-                lease.rest();
-                return Ok(initial);
-            }
+            Ok(lease) => return Ok(lease),
             Err(NoServer::Shut) => {}
             Err(NoServer::Refused(report)) => return Err(*report),
         }
@@ -334,15 +412,18 @@ async fn say_welcome(stream: &mut Stream, told: &Reported, key: &Issued) -> std:
     stream.write_all(&out).await
 }
 
-fn application_name(settings: &Settings) -> String {
-    String::from_utf8_lossy(settings.value(b"application_name").unwrap_or_default()).into_owned()
+fn application_name(settings: &[Pair]) -> String {
+    let given = settings.iter().rfind(|(name, _)| name.eq_ignore_ascii_case(b"application_name"));
+    given.map_or_else(String::new, |(_, value)| String::from_utf8_lossy(value).into_owned())
 }
 
 /// The session of a welcomed client.
 async fn session(admitted: Box<(Stream, Entry)>, door: &Door, worker: usize) {
-    let (stream, Entry { client, pool, settings, told, _key, _place }) = *admitted;
+    let (stream, Entry { client, served, _key, _place }) = *admitted;
+    let Served { pool, settings, told, own } = served;
+    let (kept, enrolled) = own.unzip();
+    let _enrolled = enrolled.unwrap_or_else(|| door.process.clients.enrol(&client));
     let settings = Arc::new(settings);
-    let _enrolled = door.process.clients.enrol(&client);
     let meter = door.book.pool(&client.who.database, &String::from_utf8_lossy(&client.who.user)).meter(worker);
     meter.client_login();
     let id = client.who.id;
@@ -358,7 +439,7 @@ async fn session(admitted: Box<(Stream, Entry)>, door: &Door, worker: usize) {
         worker,
         up: None,
         down: None,
-        kept: None,
+        kept,
         overheard: None,
         names: None,
     };

@@ -40,7 +40,7 @@ use crate::config::Config;
 use crate::gate::Gate;
 use crate::metrics::Events;
 use crate::parameters::Reported;
-use crate::pool::{Errands, Pool, Site, Tally};
+use crate::pool::{Errands, Pool, Sharing, Site, Tally};
 use crate::resolver::Name as HostName;
 use crate::resolver::Registry;
 use crate::resolver::Resolver;
@@ -195,10 +195,21 @@ impl Database {
             pool.learn(login);
             return Arc::clone(pool);
         }
-        let open = Arc::clone(lock(&self.process.user_connections).entry(user.into()).or_default());
-        let pool = Pool::new(Arc::clone(&self.site), user, open, login);
+        let pool = Pool::new(Arc::clone(&self.site), Sharing::Pooled, self.connections_of(user), login);
         pools.insert(user.into(), Arc::clone(&pool));
         pool
+    }
+
+    /// A pool for the one connection of one client, which logs in to the server with the client's own settings. It counts
+    /// for the limits of the database and of the user, and goes with the client.
+    #[must_use]
+    pub fn pool_for_one(&self, login: Login) -> Arc<Pool> {
+        let open = self.connections_of(&login.user);
+        Pool::new(Arc::clone(&self.site), Sharing::OneToOne, open, login)
+    }
+
+    fn connections_of(&self, user: &[u8]) -> Arc<Tally> {
+        Arc::clone(lock(&self.process.user_connections).entry(user.into()).or_default())
     }
 
     /// Every pool.

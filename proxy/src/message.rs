@@ -91,6 +91,18 @@ pub enum Replication {
     Database,
 }
 
+impl Replication {
+    /// What the StartupMessage says for it; `None` where it says nothing.
+    #[must_use]
+    pub fn value(self) -> Option<&'static [u8]> {
+        match self {
+            Self::No => None,
+            Self::Physical => Some(b"true"),
+            Self::Database => Some(b"database"),
+        }
+    }
+}
+
 /// A name and its value, as bytes.
 pub type Pair = (Box<[u8]>, Box<[u8]>);
 

@@ -91,6 +91,7 @@ pub struct Pool {
     pub site: Arc<Site>,
     /// The user.
     pub user: Box<[u8]>,
+    sharing: Sharing,
     /// How to log in to servers in the user's name; renewed at each client login.
     login: Mutex<Login>,
     inner: Mutex<Inner>,
@@ -104,6 +105,15 @@ pub struct Pool {
     coming: AtomicU32,
     /// What servers told the last connection at its start: the welcome of clients that log in.
     welcome: ArcSwap<Option<Arc<Reported>>>,
+}
+
+/// Who may use a pool's connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sharing {
+    /// Any client of the user, one after the other.
+    Pooled,
+    /// One client, which has one connection: it was made for that client and is closed after it.
+    OneToOne,
 }
 
 #[derive(Default)]
@@ -150,12 +160,13 @@ pub enum NoServer {
 }
 
 impl Pool {
-    /// An empty pool.
+    /// An empty pool of the user that `login` names.
     #[must_use]
-    pub fn new(site: Arc<Site>, user: &[u8], user_open: Arc<Tally>, login: Login) -> Arc<Self> {
+    pub fn new(site: Arc<Site>, sharing: Sharing, user_open: Arc<Tally>, login: Login) -> Arc<Self> {
         let pool = Arc::new(Self {
             site,
-            user: user.into(),
+            user: login.user.clone(),
+            sharing,
             login: Mutex::new(login),
             inner: Mutex::default(),
             open: Arc::default(),
@@ -338,7 +349,11 @@ impl Pool {
     }
 
     async fn connect(&self, active: &Active, place: Place, worker: usize) -> Result<Box<Pooled>, ConnectError> {
-        let login = active.endpoint.forced.clone().unwrap_or_else(|| lock(&self.login).clone());
+        let own = lock(&self.login).clone();
+        let login = match &active.endpoint.forced {
+            Some(forced) => Login { settings: own.settings, ..forced.clone() },
+            None => own,
+        };
         let limit = self.site.config.load().general.server_connect_timeout;
         let server = backend::connect(&active.endpoint.address, &login, tokio::time::Instant::now() + limit).await?;
         let id = self.site.ids.fetch_add(1, Ordering::Relaxed);
@@ -490,6 +505,12 @@ impl Kept {
         Lease { pooled: self.pooled, pool: self.pool, pass }
     }
 
+    /// Whether the connection may serve another client after this one.
+    #[must_use]
+    pub fn sharing(&self) -> Sharing {
+        self.pool.sharing
+    }
+
     /// The client has left and the connection was reset.
     pub fn rest(self) {
         give_back(&self.pool, self.pooled);
@@ -501,8 +522,11 @@ impl Kept {
     }
 }
 
-/// Back to the pool, unless a cancel is on its way: then when that has arrived, so that it hits nobody else.
+/// Back to the pool, unless it was one client's own, or a cancel is on its way: then when that has arrived, so that it hits nobody else.
 fn give_back(pool: &Arc<Pool>, mut pooled: Box<Pooled>) {
+    if pool.sharing == Sharing::OneToOne {
+        return pool.dismiss(pooled);
+    }
     pooled.idle_since = Instant::now();
     if !pooled.shared.is_being_cancelled() {
         return pool.put(pooled);

@@ -23,7 +23,7 @@ use crate::message;
 use crate::metrics::Meter;
 use crate::parameters;
 use crate::parameters::{Reported, Settings};
-use crate::pool::{Kept, Lease, NoServer, Pool};
+use crate::pool::{Kept, Lease, NoServer, Pool, Sharing};
 use crate::relay::{Buffer, End, Moved, Overheard, Read, Relay, Statements};
 use crate::report::{Report, Severity};
 use crate::statements::{Desk, Names};
@@ -200,7 +200,9 @@ impl Session {
             moved: Moved::default(),
         };
         let client = &self.client;
-        let end = std::future::poll_fn(|cx| match client.poll_order(cx, &[Order::Kill]) {
+        // A replication stream has no end that one could wait for.
+        let ends: &[Order] = if client.who.replicates() { &[Order::Kill, Order::Leave] } else { &[Order::Kill] };
+        let end = std::future::poll_fn(|cx| match client.poll_order(cx, ends) {
             Poll::Ready(_) => Poll::Ready(End::Refused(Box::new(Report::admin_shutdown()))),
             Poll::Pending => relay.poll(cx),
         })
@@ -423,7 +425,7 @@ impl Session {
         }
         self.client.unlink();
         let Some(mut kept) = self.kept.take() else { return };
-        if matches!(farewell, Farewell::ServerGone(_)) {
+        if matches!(farewell, Farewell::ServerGone(_)) || kept.sharing() == Sharing::OneToOne {
             return kept.close();
         }
         let reset = self.pool.site.config.load().general.server_reset_query.clone();

@@ -271,6 +271,8 @@ words! {
         Transaction = "transaction",
         /// It keeps its server connection until it leaves.
         SessionPooling = "session_pooling",
+        /// It is a replication connection, which keeps its server and moves with no switch.
+        Replication = "replication",
         /// Its transaction waits for a lock that a held session owns.
         WaitsForHeld = "waits_for_held",
     }

@@ -12,6 +12,7 @@ use pgcutover_api::rows::{
     BackendRow, BlockerRow, GateRow, PoolMode, PrepareRow, SessionRow, SwitchRow, TransplantRow, YesNo,
 };
 
+use crate::message::Replication;
 use crate::metrics::DatabaseTraffic;
 use crate::report::{Blame, Report, SqlState};
 
@@ -312,6 +313,8 @@ pub struct SocketRow {
     pub user: Option<String>,
     /// The route name; `None` before the Startup.
     pub database: Option<String>,
+    /// Whether it is for replication.
+    pub replication: Replication,
     /// The peer's address; `None` for a Unix socket.
     pub addr: Option<SocketAddr>,
     /// Ours; `None` for a Unix socket.

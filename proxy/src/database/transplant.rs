@@ -19,7 +19,7 @@ use crate::gate::{Pause, PauseId};
 use crate::pool::{Errand, Pool, Probed, Successor};
 use crate::route::Active;
 use crate::transplant;
-use crate::transplant::Reason;
+use crate::transplant::{NotMovable, Reason};
 
 /// Sessions that are moved at a time: enough that a hundred take a few round trips each, few enough that neither server
 /// is flooded while clients are held.
@@ -175,6 +175,10 @@ impl Database {
 
     /// Asks a session to read itself; remembers what it found.
     async fn ask_session(&self, client: Arc<Client>, speaks_against: &Arc<Vec<Reason>>) -> Result<Probed, String> {
+        if client.who.replicates() {
+            client.looked(Look::Stays(Reason::Replication.text().into()));
+            return Ok(Probed { session: Err(NotMovable::from(Reason::Replication)), took: Duration::ZERO });
+        }
         let (answer, answered) = oneshot::channel();
         self.site.errands.leave(&client, Errand::Probe { database: Arc::clone(speaks_against), answer });
         match tokio::time::timeout(ANSWER, answered).await {

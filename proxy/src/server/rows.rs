@@ -21,10 +21,12 @@ use crate::console::{
     Census, ClientState, DatabaseRow, DnsRow, Forwards, Peer, PoolRow, ServerState, SocketRow, SocketState, UserRow,
 };
 use crate::database::{Blocker, Database, Switched, SwitchedBy, Transplanted};
+use crate::message::Replication;
 use crate::parameters;
 use crate::pool;
 use crate::pool::Pool;
 use crate::relay::ShutSignal;
+use crate::transplant::Reason;
 
 /// Why it is not known whether a session could move.
 const NOT_LOOKED_AT: &str = "session pooling: not looked at yet; PREPARE SWITCH does";
@@ -115,6 +117,7 @@ pub(super) fn client(client: &Client) -> SocketRow {
         link: client.linked().map(|server| server.id),
         user: Some(text(&client.who.user)),
         database: Some(client.who.database.to_string()),
+        replication: client.who.replication,
         addr: client.who.addr,
         local_addr: client.who.local_addr,
         connect_time: client.connected_at,
@@ -132,6 +135,11 @@ pub(super) fn client(client: &Client) -> SocketRow {
 /// The server connections of one database.
 pub(super) fn servers(database: &Database) -> Vec<SocketRow> {
     let generation = database.site.route.generation();
+    let clients = database.clients();
+    let replication = |client: Option<u64>| {
+        let client = clients.iter().find(|one| one.who.replicates() && Some(one.who.id) == client);
+        client.map_or(Replication::No, |client| client.who.replication)
+    };
     let row = |server: Arc<Server>| SocketRow {
         state: SocketState::Server(match linked(&server) {
             _ if server.is_being_cancelled() => ServerState::BeingCanceled,
@@ -142,6 +150,7 @@ pub(super) fn servers(database: &Database) -> Vec<SocketRow> {
         link: linked(&server),
         user: Some(text(&server.user)),
         database: Some(server.database.to_string()),
+        replication: replication(linked(&server)),
         addr: server.addr,
         local_addr: server.local_addr,
         connect_time: server.connected_at,
@@ -327,6 +336,7 @@ pub(super) fn session(client: &Client) -> SessionRow {
 fn movable(client: &Client) -> (bool, String) {
     let keeps = client.who.pool_mode == config::PoolMode::Session && client.linked().is_some();
     match client.look() {
+        _ if client.who.replicates() => (false, Reason::Replication.text().to_owned()),
         _ if !keeps => (true, String::new()),
         Look::Movable => (true, String::new()),
         Look::Stays(why) => (false, why.into()),
@@ -350,6 +360,7 @@ pub(super) fn blocker(blocker: &Blocker) -> BlockerRow {
     let client = &blocker.client;
     let (addr, port) = address(client);
     let reason = match (blocker.in_transaction, blocker.waits_for) {
+        _ if client.who.replicates() => BlockerReason::Replication,
         (false, _) => BlockerReason::SessionPooling,
         (true, Some((_, true))) => BlockerReason::WaitsForHeld,
         (true, Some((_, false)) | None) => BlockerReason::Transaction,

@@ -5,6 +5,8 @@
 /// One kind of thing that keeps a session where it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Reason {
+    /// It is a replication connection.
+    Replication,
     /// A transaction is open, or an answer is due.
     InTransaction,
     /// The session's role may not read its own state (42501).
@@ -68,6 +70,7 @@ impl Reason {
 
     fn both(self) -> (&'static str, &'static str) {
         match self {
+            Self::Replication => ("replication", "a replication connection follows this very server"),
             Self::InTransaction => ("in_transaction", "a transaction is open"),
             Self::CatalogueRights => ("catalogue_rights", "the role may not read the session's state"),
             Self::TooLarge => ("too_large", "too many or too long statements, settings, channels or locks"),

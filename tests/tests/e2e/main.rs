@@ -10,6 +10,8 @@ mod credentials;
 #[cfg(test)]
 mod auth_query;
 #[cfg(test)]
+mod replication;
+#[cfg(test)]
 mod armed;
 #[cfg(test)]
 mod store;

@@ -7,6 +7,7 @@ use std::time::SystemTime;
 
 use super::{Sheet, count, flag, number, text};
 use crate::console::admin::{Admin, ClientState, ServerState, SocketRow, SocketState};
+use crate::message::Replication;
 
 const SOCKETS: &[&str] = &[
     "type",
@@ -116,7 +117,11 @@ fn socket_row(role: &str, state: &str, socket: &SocketRow) -> Vec<Option<String>
         text(role),
         text(socket.user.as_deref().unwrap_or("(nouser)")),
         text(socket.database.as_deref().unwrap_or("(nodb)")),
-        text("none"),
+        text(match socket.replication {
+            Replication::No => "none",
+            Replication::Physical => "physical",
+            Replication::Database => "logical",
+        }),
         text(state),
         addr,
         port,

@@ -374,6 +374,7 @@ fn socket((state, id): (SocketState, u64)) -> SocketRow {
         link: None,
         user: Some("alice".to_owned()),
         database: Some("app".to_owned()),
+        replication: crate::message::Replication::No,
         addr: Some(SocketAddr::from(([127, 0, 0, 1], 40_000))),
         local_addr: None,
         connect_time: SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000),
