@@ -2,8 +2,9 @@
 //!
 //! What is known is in the user file, or asked of a server by `auth_query` for users that the file does not name.
 //!
-//! Invariant: nothing that a client says goes into that question but its name, as a parameter; an unknown user and a wrong password take the same path and get the same answer; no slow hash runs on
-//! the event loop; nothing behind the message that is asked for is read from the client.
+//! Invariant: nothing that a client says goes into that question but its name, as a parameter; an unknown user and a
+//! wrong password take the same path and get the same answer; no slow hash runs on the event loop; nothing behind the
+//! message that is asked for is read from the client.
 
 mod exchange;
 mod lookup;

@@ -18,7 +18,7 @@ use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout_at};
 
 use crate::frame;
-use crate::message::{self, CancelKey, Malformed, Pair, Status};
+use crate::message::{self, CancelKey, Malformed, Pair, Protocol, Status};
 use crate::report::{Blame, SqlState};
 use crate::resolver::Name;
 use crate::scram::{self, Keys};
@@ -53,6 +53,8 @@ pub struct Address {
     pub dbname: Box<[u8]>,
     /// sslmode and roots.
     pub tls: Connector,
+    /// The protocol that is asked for; a server that does not speak it is taken at its own word.
+    pub protocol: Protocol,
     /// Whether a password may be sent in the clear over plain TCP; over TLS and Unix sockets it always may.
     pub cleartext: Cleartext,
 }

@@ -105,18 +105,24 @@ impl Cancels {
 
 async fn cancel_statement(client: &Client, events: &Events) {
     match client.state() {
-        State::Idle => {}
-        State::Held | State::Waiting => client.order(Order::Cancel),
-        State::Active => {
-            let Some(mark) = client.cancel_target() else { return };
-            let server = mark.server();
-            let Some(key) = &server.key else { return };
-            events.cancels_forwarded.count();
-            let deadline = tokio::time::Instant::now() + CANCEL;
-            if let Err(error) = backend::cancel(&server.address, key, deadline).await {
-                tracing::warn!(pid = server.pid, %error, "a cancel request did not reach its server");
+        State::Idle => return,
+        State::Held | State::Waiting => {
+            client.order(Order::Cancel);
+            // It may just have stopped waiting: then nobody looks at the order, and its server has the statement.
+            if client.state() != State::Active {
+                return;
             }
         }
+        State::Active => {}
+    }
+    let Some(mark) = client.cancel_target() else { return };
+    let server = mark.server();
+    let Some(key) = &server.key else { return };
+    events.cancels_forwarded.count();
+    let deadline = tokio::time::Instant::now() + CANCEL;
+    if let Err(error) = backend::cancel(&server.address, key, deadline).await {
+        mark.doubt();
+        tracing::warn!(pid = server.pid, %error, "nobody knows whether a cancel request has reached its server");
     }
 }
 
@@ -127,6 +133,7 @@ async fn forward(peer: &Peer, key: CancelKey) {
         name: None,
         dbname: Box::default(),
         tls: Connector::disabled(),
+        protocol: Protocol::V3_0,
         cleartext: Cleartext::Protected,
     };
     let key = BackendKey { key, peer: None };

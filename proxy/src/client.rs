@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant, SystemTime};
@@ -132,6 +132,8 @@ pub struct Server {
     /// Cancel requests on their way to it.
     cancels: AtomicU32,
     cancelled: Notify,
+    /// A cancel request went its way and nobody knows whether it has arrived, or will.
+    in_doubt: AtomicBool,
 }
 
 impl Who {
@@ -249,6 +251,13 @@ impl Client {
         self.waker.wake();
     }
 
+    /// Takes an order, to carry it out; whether there was one.
+    #[must_use]
+    pub fn take(&self, order: Order) -> bool {
+        let bit = order as u8;
+        self.orders.load(Ordering::Acquire) & bit != 0 && self.orders.fetch_and(!bit, Ordering::AcqRel) & bit != 0
+    }
+
     /// Takes back an order that was not carried out, because what it was about is over.
     pub fn forget(&self, order: Order) {
         if self.orders.load(Ordering::Relaxed) != 0 {
@@ -274,6 +283,12 @@ pub struct CancelMark {
 }
 
 impl CancelMark {
+    /// It may still arrive after this mark is gone: the server connection serves this client to the end of what it does
+    /// and nobody after it.
+    pub fn doubt(&self) {
+        self.server.in_doubt.store(true, Ordering::Release);
+    }
+
     /// Whom it is for.
     #[must_use]
     pub fn server(&self) -> &Server {
@@ -325,6 +340,7 @@ impl Server {
             prepared: AtomicUsize::new(0),
             cancels: AtomicU32::new(0),
             cancelled: Notify::new(),
+            in_doubt: AtomicBool::new(false),
         })
     }
 
@@ -332,6 +348,12 @@ impl Server {
     #[must_use]
     pub fn is_parked(&self) -> bool {
         self.generation.load(Ordering::Relaxed) == Self::PARKED
+    }
+
+    /// Whether a cancel may still arrive that nobody waits for.
+    #[must_use]
+    pub fn is_in_doubt(&self) -> bool {
+        self.in_doubt.load(Ordering::Acquire)
     }
 
     /// Whether a cancel is on its way to it.

@@ -3,6 +3,7 @@
 //! Invariant: a [`Config`] that exists is consistent; inside the proxy nothing is checked again. Deadlines are checked
 //! against each other here: drain < lease and lease + drain < hold budget.
 
+mod lookup;
 mod raw;
 
 use std::collections::BTreeMap;
@@ -11,6 +12,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use thiserror::Error;
+
+pub use lookup::UserLookup;
 
 /// How long a client keeps its server connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -105,22 +108,17 @@ pub enum ClientTls {
     VerifyFull,
 }
 
-/// How users are looked up for one database.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct UserLookup<'a> {
-    /// `auth_query`.
-    pub query: &'a str,
-    /// `auth_user`.
-    pub user: &'a str,
-    /// The declared database whose active backend is asked.
-    pub dbname: &'a str,
+/// The newest protocol that a server is asked for (libpq's `max_protocol_version`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
+pub enum ProtocolVersion {
+    /// What every server speaks, and everything that stands in front of one.
+    #[default]
+    #[serde(rename = "3.0")]
+    V3_0,
+    /// PostgreSQL 18's: long cancel keys. Older servers answer with 3.0.
+    #[serde(rename = "3.2", alias = "latest")]
+    V3_2,
 }
-
-/// `auth_query` unless the file says otherwise. Every name in it has a schema: whoever may create objects where it runs
-/// can't put others in their place. A secret that is no longer valid is none, and who may not log in is nobody.
-const AUTH_QUERY: &str = "SELECT rolname, CASE WHEN rolvaliduntil OPERATOR(pg_catalog.<) pg_catalog.now() THEN NULL ELSE rolpassword END \
-     FROM pg_catalog.pg_authid \
-     WHERE rolname::pg_catalog.text OPERATOR(pg_catalog.=) $1::pg_catalog.text AND rolcanlogin";
 
 /// The whole checked configuration.
 #[derive(Debug, Clone)]
@@ -271,6 +269,8 @@ pub struct Backend {
     pub sslmode: SslMode,
     /// File of trusted authorities, or `system`.
     pub sslrootcert: Option<String>,
+    /// The newest protocol to ask it for.
+    pub max_protocol_version: ProtocolVersion,
 }
 
 /// `[users.NAME]`, checked.
@@ -375,16 +375,6 @@ impl Config {
             .unwrap_or(self.general.default_pool_size)
     }
 
-    /// How users of a database are looked up that `auth_file` does not name; `None` where they are not.
-    #[must_use]
-    pub fn user_lookup<'a>(&'a self, database: &'a str) -> Option<UserLookup<'a>> {
-        let (general, own) = (&self.general, self.databases.get(database));
-        let user = own.and_then(|d| d.auth_user.as_deref()).or(general.auth_user.as_deref())?;
-        let query = own.and_then(|d| d.auth_query.as_deref()).unwrap_or(&general.auth_query);
-        let dbname = own.and_then(|d| d.auth_dbname.as_deref()).or(general.auth_dbname.as_deref());
-        Some(UserLookup { query, user, dbname: dbname.unwrap_or(database) })
-    }
-
     /// The same configuration with another `[pgcutover]`.
     ///
     /// # Errors
@@ -436,18 +426,6 @@ impl Config {
         if matches!(g.client_tls_sslmode, ClientTls::VerifyCa | ClientTls::VerifyFull) && g.client_tls_ca_file.is_none()
         {
             return wrong("client_tls_sslmode", "verify-ca and verify-full need client_tls_ca_file".to_owned());
-        }
-        Ok(())
-    }
-
-    /// Whoever is asked for users has to be there.
-    fn check_lookups(&self) -> Result<(), (String, String)> {
-        let own = self.databases.iter().map(|(name, d)| (format!("databases.{name}"), d.auth_dbname.as_ref()));
-        let all = std::iter::once(("pgcutover".to_owned(), self.general.auth_dbname.as_ref())).chain(own);
-        for (section, dbname) in all {
-            let Some(dbname) = dbname.filter(|name| !self.databases.contains_key(*name)) else { continue };
-            let hint = nearest(dbname, self.databases.keys().map(String::as_str));
-            return Err((format!("{section}.auth_dbname"), format!("'{dbname}' is not a declared database{hint}")));
         }
         Ok(())
     }
@@ -509,7 +487,7 @@ fn general(raw: raw::General, directory: &Path) -> General {
         state_dir: raw.state_dir.unwrap_or_else(|| PathBuf::from("/var/lib/pgcutover")),
         auth_type: raw.auth_type.unwrap_or(AuthType::Scram),
         auth_file: file(raw.auth_file),
-        auth_query: raw.auth_query.unwrap_or_else(|| AUTH_QUERY.to_owned()),
+        auth_query: raw.auth_query.unwrap_or_else(|| lookup::AUTH_QUERY.to_owned()),
         auth_user: raw.auth_user,
         auth_dbname: raw.auth_dbname,
         admin_users: raw.admin_users.unwrap_or_default(),
@@ -566,6 +544,7 @@ fn database(name: &str, raw: raw::Database) -> Database {
                     password: b.password,
                     sslmode: b.sslmode.unwrap_or_default(),
                     sslrootcert: b.sslrootcert,
+                    max_protocol_version: b.max_protocol_version.unwrap_or_default(),
                 };
                 (backend, checked)
             })
@@ -652,20 +631,6 @@ mod tests {
         }
         let good = format!("[pgcutover]\nauth_type = 'cert'\n{tls} 'verify-full'\nclient_tls_ca_file = 'a'\n{SMALL}");
         assert_eq!(parse(&good).unwrap().general.auth_type, AuthType::Cert);
-    }
-
-    #[test]
-    fn users_are_looked_up_where_and_as_whom_the_nearest_setting_says() {
-        let config = parse(&format!("[pgcutover]\nauth_user = 'lookup'\n{SMALL}")).unwrap();
-        let lookup = config.user_lookup("app").unwrap();
-        assert_eq!((lookup.user, lookup.dbname, lookup.query), ("lookup", "app", AUTH_QUERY));
-        let own =
-            SMALL.replace("active =", "auth_user = 'own'\nauth_query = 'SELECT 1, 2'\nauth_dbname = 'app'\nactive =");
-        let config = parse(&format!("[pgcutover]\nauth_user = 'lookup'\n{own}")).unwrap();
-        assert_eq!(config.user_lookup("app"), Some(UserLookup { query: "SELECT 1, 2", user: "own", dbname: "app" }));
-        assert_eq!(parse(SMALL).unwrap().user_lookup("app"), None);
-        let error = parse(&format!("[pgcutover]\nauth_dbname = 'aap'\n{SMALL}")).unwrap_err();
-        assert!(error.contains("pgcutover.auth_dbname") && error.contains("did you mean 'app'?"), "{error}");
     }
 
     const SAMPLE: &str = include_str!("../../config/pgcutover.toml");

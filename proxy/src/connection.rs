@@ -331,8 +331,8 @@ async fn pooled(
     Ok(Served { pool, settings, told, own: None })
 }
 
-/// A server connection logged in as the client is, with its own settings: what the server says against it is said at its
-/// login.
+/// A server connection logged in as the client is, with its own settings: what the server says against it is said at
+/// its login.
 async fn server_of_its_own(
     database: &Database,
     identity: &Identity,

@@ -36,8 +36,9 @@ use tokio_util::task::TaskTracker;
 use crate::backend::{Address, Cleartext, Login, Password, Secret};
 use crate::client::{Client, Clients};
 use crate::config;
-use crate::config::Config;
+use crate::config::{Config, ProtocolVersion};
 use crate::gate::Gate;
+use crate::message::Protocol;
 use crate::metrics::Events;
 use crate::parameters::Reported;
 use crate::pool::{Errands, Pool, Sharing, Site, Tally};
@@ -307,6 +308,10 @@ fn address(backend: &config::Backend, name: Option<Arc<HostName>>) -> Result<Add
         name,
         dbname: backend.dbname.as_bytes().into(),
         tls: Connector::new(backend.sslmode, root.as_ref()).map_err(|error| error.to_string())?,
+        protocol: match backend.max_protocol_version {
+            ProtocolVersion::V3_0 => Protocol::V3_0,
+            ProtocolVersion::V3_2 => Protocol::V3_2,
+        },
         cleartext: Cleartext::Protected,
     })
 }

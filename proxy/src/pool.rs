@@ -529,13 +529,18 @@ fn give_back(pool: &Arc<Pool>, mut pooled: Box<Pooled>) {
     }
     pooled.idle_since = Instant::now();
     if !pooled.shared.is_being_cancelled() {
-        return pool.put(pooled);
+        return settle(pool, pooled);
     }
     let limbo = Arc::clone(pool);
     pool.site.tasks.spawn(async move {
         pooled.shared.uncancelled().await;
-        limbo.put(pooled);
+        settle(&limbo, pooled);
     });
+}
+
+/// No cancel is on its way. One that may still arrive would hit whoever is served next.
+fn settle(pool: &Arc<Pool>, pooled: Box<Pooled>) {
+    if pooled.shared.is_in_doubt() { pool.dismiss(pooled) } else { pool.put(pooled) }
 }
 
 /// Registered with this worker's runtime, so that waiting for it wakes no other thread.

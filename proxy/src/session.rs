@@ -111,14 +111,15 @@ impl Session {
     /// One transaction: pass, server connection, settings, frames.
     async fn transaction(&mut self) -> Result<(), Farewell> {
         let asked_at = Instant::now();
-        let Some(lease) = self.lease(asked_at).await? else { return Ok(()) };
+        let Some(lease) = self.lease(asked_at).await? else {
+            self.client.enter(State::Idle, Instant::now());
+            return Ok(());
+        };
         let begun_at = Instant::now();
         self.meter.wait(micros(begun_at - asked_at));
         self.meter.server_assignment();
-        self.client.enter(State::Active, begun_at);
-        self.client.link(&lease.pooled.shared);
         // Boxed, with all that a transaction needs and an idle client does not.
-        let outcome = Box::pin(self.relay(lease)).await;
+        let outcome = Box::pin(self.relay(lease, begun_at)).await;
         let ended_at = Instant::now();
         // A kept server stays linked: its client's cancels are its own affair, and it is listed as a blocker.
         if self.client.who.pool_mode == PoolMode::Transaction {
@@ -164,12 +165,19 @@ impl Session {
     }
 
     /// Makes the connection fit the client, then moves frames until the end.
-    async fn relay(&mut self, mut lease: Lease) -> Result<(Lease, End, Moved), Farewell> {
+    async fn relay(&mut self, mut lease: Lease, begun_at: Instant) -> Result<(Lease, End, Moved), Farewell> {
         // A kept server may have been in the middle of a message to its client.
         let mut down = self.down.take().unwrap_or_else(Buffer::take);
         if let Err(error) = self.fit(&mut lease, &mut down).await {
             lease.close();
             return Err(error);
+        }
+        // From here on a cancel finds the server, and hits no statement of ours. In this order: one that finds the client
+        // active finds its server too.
+        self.client.link(&lease.pooled.shared);
+        self.client.enter(State::Active, begun_at);
+        if self.client.take(Order::Cancel) && self.cancelled(&mut down).await? {
+            return Ok((lease, End::Rest, Moved::default()));
         }
         let mut up = self.up.take().unwrap_or_else(Buffer::take);
         let gate = Arc::clone(&self.pool.site.gate);
@@ -227,6 +235,19 @@ impl Session {
             self.down = Some(down);
         }
         Ok((lease, end, moved))
+    }
+
+    /// Answers a statement that was cancelled before it reached the server; `false` if that can't be, since something else
+    /// is half through.
+    async fn cancelled(&mut self, down: &mut Buffer) -> Result<bool, Farewell> {
+        while down.has_cleared() {
+            std::future::poll_fn(|cx| down.poll_write(&mut self.stream, cx)).await.map_err(Farewell::ClientGone)?;
+        }
+        if !down.is_empty() {
+            return Ok(false);
+        }
+        self.refuse(Box::new(Report::query_canceled())).await?;
+        Ok(true)
     }
 
     /// Applies the client's settings to the server connection and tells the client what is different there.

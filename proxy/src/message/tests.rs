@@ -45,7 +45,7 @@ proptest! {
     #[test]
     fn a_cut_message_is_malformed_and_not_misread(cut in 0usize..100) {
         let mut out = BytesMut::new();
-        put_startup(&mut out, &[(b"user", b"alice"), (b"database", b"app"), (b"application_name", b"x y")]);
+        put_startup(&mut out, Protocol::V3_0, &[(b"user", b"alice"), (b"database", b"app"), (b"application_name", b"x y")]);
         let body = frame::startup(&out).unwrap().unwrap();
         let FirstPacket::Startup { parameters, .. } = first_packet(body).unwrap() else { panic!("not a startup") };
         let cut = cut % parameters.len();

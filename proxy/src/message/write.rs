@@ -4,9 +4,7 @@
 
 use bytes::{BufMut, BytesMut};
 
-use crate::message::{
-    Authentication, CANCEL_REQUEST_CODE, CancelKey, PROTOCOL_3_0, PairRef, Protocol, SSL_REQUEST_CODE, Status,
-};
+use crate::message::{Authentication, CANCEL_REQUEST_CODE, CancelKey, PairRef, Protocol, SSL_REQUEST_CODE, Status};
 
 /// Writes a typed message: the tag, the length, and the body that `write` appends.
 pub fn put(out: &mut BytesMut, tag: u8, write: impl FnOnce(&mut BytesMut)) {
@@ -32,10 +30,10 @@ pub fn put_cstring(out: &mut BytesMut, text: &[u8]) {
     out.put_u8(0);
 }
 
-/// Writes a StartupMessage of protocol 3.0.
-pub fn put_startup(out: &mut BytesMut, pairs: &[PairRef<'_>]) {
+/// Writes a StartupMessage.
+pub fn put_startup(out: &mut BytesMut, protocol: Protocol, pairs: &[PairRef<'_>]) {
     put_counted(out, |out| {
-        out.put_i32(PROTOCOL_3_0);
+        out.put_i32(protocol.code());
         for (name, value) in pairs {
             put_cstring(out, name);
             put_cstring(out, value);

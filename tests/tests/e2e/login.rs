@@ -22,7 +22,7 @@ use pgcutover::backend::{
 };
 use pgcutover::config::{AuthType, ClientTls, SslMode};
 use pgcutover::handshake::{self, Hello};
-use pgcutover::message::{self, Status};
+use pgcutover::message::{self, Protocol, Status};
 use pgcutover::report::{Report, SqlState};
 use pgcutover::scram::{Keys, Verifier};
 use pgcutover::stream::Stream;
@@ -81,6 +81,7 @@ impl Server {
             name: None,
             dbname: (*b"postgres").into(),
             tls: Connector::new(mode, root).unwrap(),
+            protocol: Protocol::V3_0,
             cleartext: Cleartext::Protected,
         }
     }

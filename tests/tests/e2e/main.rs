@@ -12,6 +12,8 @@ mod auth_query;
 #[cfg(test)]
 mod replication;
 #[cfg(test)]
+mod protocol;
+#[cfg(test)]
 mod armed;
 #[cfg(test)]
 mod store;

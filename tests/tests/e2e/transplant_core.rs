@@ -8,6 +8,7 @@ use bytes::BytesMut;
 use e2e::binaries::Binaries;
 use e2e::cluster::{Cluster, ClusterOptions};
 use pgcutover::backend::{self, Address, Asides, Batch, Cleartext, Login, Secret, ServerConnection, ServerError};
+use pgcutover::message::Protocol;
 use pgcutover::tls::Connector;
 use pgcutover::transplant::{self, Hints, LockCalls, ParseSettings, Reason, RestoreError, Seen, Snapshot};
 use tokio::time::Instant;
@@ -43,6 +44,7 @@ async fn session(cluster: &Cluster) -> ServerConnection {
         name: None,
         dbname: (*b"postgres").into(),
         tls: Connector::disabled(),
+        protocol: Protocol::V3_0,
         cleartext: Cleartext::Protected,
     };
     let setting = ((*b"application_name").into(), (*b"moved").into());
