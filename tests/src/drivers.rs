@@ -1,86 +1,137 @@
-//! A driver that decodes values by their declared types: psycopg2, in a Python environment of its own in the cache.
+//! Real drivers at real work: small programs, one for each driver, that all run the same course (`tests/drivers/README.md`).
 //!
-//! Invariant: a [`Python`] has imported the driver before.
+//! # A driver's life
+//! [`kits`] has its interpreter and its libraries, [`ways`] lists each way in which it is used, a [`Performance`] is one of
+//! these at work on one connection, and [`course`] is what it does and what it has told in the end.
+//!
+//! Invariant: a driver that can't be had is named with the reason, never left out.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+mod consoles;
+pub mod course;
+pub mod kits;
+mod moods;
+mod native;
+mod program;
+pub mod ways;
 
-use anyhow::{Context, Result, bail};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use crate::binaries::{Network, cache};
-use crate::fetch::{alone, apt_install, apt_update, fingerprint, finish, on_known_machine, on_path, partial, run};
-use crate::printer::say;
+use anyhow::Result;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
-const REQUIREMENTS: &str = include_str!("../drivers/requirements.txt");
+use crate::binaries::{Network, tool};
+use crate::drivers::course::{Engagement, Told};
+use crate::drivers::kits::Kit;
+use crate::drivers::ways::{Player, Way};
 
-/// An interpreter that has the driver.
-#[derive(Clone, Debug)]
-pub struct Python {
-    program: PathBuf,
+/// After its order to stop a driver has its round to end: longer than any pause may hold it.
+const STOP_LIMIT: Duration = Duration::from_secs(60);
+
+/// What a driver has told so far; the performance writes, others look.
+pub(crate) type Notebook = Arc<Mutex<Told>>;
+
+/// Writes into a notebook. A panic of another writer does not make what is in it less true.
+pub(crate) fn note(notebook: &Notebook, change: impl FnOnce(&mut Told)) {
+    change(&mut notebook.lock().unwrap_or_else(PoisonError::into_inner));
 }
 
-impl Python {
-    /// The one in the cache, which is made if it is not there and something may be fetched.
+/// What a way of a driver needs to run, found.
+#[derive(Clone, Debug)]
+pub enum Means {
+    /// A program of `tests/drivers`.
+    Kit(Kit),
+    /// One of PostgreSQL's own programs.
+    Tool(PathBuf),
+    /// Nothing: it is part of this program.
+    Linked,
+}
+
+impl Means {
+    /// Finds, or fetches unless that is forbidden, what this way needs.
     ///
     /// # Errors
-    /// It is not there and can't or may not be made; the message says what is missing.
-    pub fn with_psycopg2(network: Network) -> Result<Python> {
-        let cache = cache()?;
-        let directory = cache.join(format!("psycopg2-{:016x}", fingerprint(REQUIREMENTS)));
-        let python = Python { program: directory.join("bin/python3") };
-        if python.imports() {
-            return Ok(python);
+    /// It can't be had; the message says why.
+    pub fn find(way: &Way, network: Network) -> Result<Means> {
+        match way.player {
+            Player::Program { language, .. } => Kit::find(language, network).map(Means::Kit),
+            Player::Pgbench => tool("pgbench").map(Means::Tool),
+            Player::Psql => tool("psql").map(Means::Tool),
+            Player::TokioPostgres | Player::Sqlx => Ok(Means::Linked),
         }
-        if network == Network::Offline {
-            bail!("psycopg2 is not in the cache, and fetching is forbidden (--offline or PGCUTOVER_OFFLINE)");
-        }
-        let _alone = alone(&cache)?;
-        if !python.imports() {
-            make(&cache, &directory).context("psycopg2 can't be fetched (apt-get install -y python3-venv may help)")?;
-        }
-        if python.imports() { Ok(python) } else { bail!("psycopg2 was fetched, but can't be imported") }
-    }
-
-    /// False also when the machine's Python has become another one since.
-    fn imports(&self) -> bool {
-        let mut command = Command::new(&self.program);
-        command.args(["-c", "import psycopg2"]);
-        self.program.exists() && run(command).is_ok()
-    }
-
-    /// A command that runs one of the scripts in `tests/drivers`.
-    pub fn script(&self, name: &str) -> Command {
-        let mut command = Command::new(&self.program);
-        command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("drivers").join(name));
-        command
     }
 }
 
-fn make(cache: &Path, directory: &Path) -> Result<()> {
-    on_known_machine()?;
-    on_path("python3")?;
-    let partial = partial(cache)?;
-    say(format_args!("fetching psycopg2 by pip (about 5 MB, once) into {}", cache.display()));
-    if let Err(error) = environment(&partial) {
-        // Debian keeps what it takes in a package of its own.
-        apt_update().and_then(|()| apt_install(&["python3-venv"])).with_context(|| format!("{error:#}"))?;
-        environment(&partial)?;
-    }
-    let requirements = partial.join("requirements.txt");
-    fs::write(&requirements, REQUIREMENTS)?;
-    let mut command = Command::new(partial.join("bin/python3"));
-    command.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"]);
-    command.args(["--only-binary", ":all:", "--requirement"]).arg(requirements);
-    run(command)?;
-    if directory.exists() {
-        fs::remove_dir_all(directory).with_context(|| format!("removing {}", directory.display()))?;
-    }
-    finish(&partial, directory)
+/// One way of a driver, at work.
+#[derive(Debug)]
+pub struct Performance {
+    /// Which.
+    pub way: &'static Way,
+    notebook: Notebook,
+    stop: CancellationToken,
+    task: JoinHandle<()>,
 }
 
-fn environment(partial: &Path) -> Result<()> {
-    let mut command = Command::new("python3");
-    command.args(["-m", "venv", "--clear"]).arg(partial);
-    run(command)
+impl Performance {
+    /// Begins it.
+    pub fn begin(way: &'static Way, means: Means, engagement: Engagement) -> Performance {
+        let (notebook, stop) = (Notebook::default(), CancellationToken::new());
+        let (book, order) = (Arc::clone(&notebook), stop.clone());
+        let task = tokio::spawn(async move {
+            if let Err(error) = perform(way, means, &engagement, &book, order).await {
+                note(&book, |told| told.errors.push(format!("{error:#}")));
+            }
+            note(&book, |told| told.ended = true);
+        });
+        Performance { way, notebook, stop, task }
+    }
+
+    /// Has it ended (by an error, or all its rounds done)?
+    pub fn ended(&self) -> bool {
+        self.task.is_finished()
+    }
+
+    /// Orders it to stop after its round; waiting for it is [`Performance::told`].
+    pub fn stop(&self) {
+        self.stop.cancel();
+    }
+
+    /// Waits for its end and gives what it has told.
+    pub async fn told(mut self) -> Told {
+        self.stop.cancel();
+        match tokio::time::timeout(STOP_LIMIT, &mut self.task).await {
+            Ok(Ok(())) => {}
+            Ok(Err(panic)) => note(&self.notebook, |told| told.errors.push(format!("the harness: {panic}"))),
+            Err(_) => {
+                self.task.abort();
+                let text = format!("did not end within {STOP_LIMIT:?}");
+                note(&self.notebook, |told| told.errors.push(text));
+            }
+        }
+        self.notebook.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+async fn perform(
+    way: &Way,
+    means: Means,
+    engagement: &Engagement,
+    notebook: &Notebook,
+    stop: CancellationToken,
+) -> Result<()> {
+    match (way.player, means) {
+        (Player::Program { name, package, .. }, Means::Kit(kit)) => {
+            note(notebook, |told| told.version = package.and_then(|package| kit.version(package)));
+            program::perform(kit.program(name), way.mode, engagement, notebook, stop).await
+        }
+        (Player::Pgbench, Means::Tool(tool)) => consoles::pgbench(tool, way.mode, engagement, notebook, stop).await,
+        (Player::Psql, Means::Tool(tool)) => consoles::psql(tool, engagement, notebook, stop).await,
+        (Player::TokioPostgres, _) => native::tokio_postgres(way.mode, engagement, notebook, stop).await,
+        (Player::Sqlx, _) => native::sqlx(way.mode, engagement, notebook, stop).await,
+        (Player::Program { .. } | Player::Pgbench | Player::Psql, means) => {
+            anyhow::bail!("{} can't be run by {means:?}", way.id)
+        }
+    }
 }

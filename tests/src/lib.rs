@@ -10,11 +10,13 @@
 //!
 //! A module uses only modules below it in this list.
 
+pub mod crossing;
 pub mod stage;
 pub mod faults;
 pub mod workload;
 mod pipeliner;
 pub mod writer;
+pub mod drivers;
 pub mod ledger;
 pub mod errors;
 pub mod samples;
@@ -27,7 +29,6 @@ pub mod pair;
 pub mod cluster;
 pub mod tls;
 pub mod client;
-pub mod drivers;
 pub mod binaries;
 mod fetch;
 pub mod process;

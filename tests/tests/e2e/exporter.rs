@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use e2e::binaries::Network;
-use e2e::drivers::Python;
+use e2e::drivers::kits::{Kit, Language};
 use e2e::pair::{APP, DATABASE};
 use e2e::printer::not_checked;
 use e2e::proxy::STATS;
@@ -91,8 +91,8 @@ async fn traffic(house: &House) {
     }
 }
 
-async fn scrape(python: &Python, dsn: &str) -> BTreeMap<String, Answer> {
-    let mut command = python.script("exporter.py");
+async fn scrape(python: &Kit, dsn: &str) -> BTreeMap<String, Answer> {
+    let mut command = python.program("exporter.py");
     command.arg(dsn);
     let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
     serde_json::from_str(&stdout(&output)).unwrap()
@@ -100,8 +100,8 @@ async fn scrape(python: &Python, dsn: &str) -> BTreeMap<String, Answer> {
 
 #[tokio::test]
 async fn a_scrape_gets_every_column_with_pgbouncers_name_place_and_type() {
-    let python = match Python::with_psycopg2(Network::from_env()) {
-        Ok(python) => python,
+    let python = match Kit::find(Language::Python, Network::from_env()) {
+        Ok(kit) => kit,
         Err(why) => return not_checked("the types of pgbouncer_exporter's scrape", format_args!("{why:#}")),
     };
     let house = House::open(|_| ()).await;

@@ -63,3 +63,5 @@ mod names;
 mod transplant;
 #[cfg(test)]
 mod transplant_core;
+#[cfg(test)]
+mod drivers;
