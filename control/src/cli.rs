@@ -34,6 +34,8 @@ enum Verb {
     Status,
     /// Look for everything that would make a cutover fail; change nothing.
     Preflight,
+    /// Every session on the proxies, whether it can be moved, and why not.
+    Sessions(commands::sessions::Sessions),
     /// The steps of a cutover, their order and what happens when one fails.
     Plan,
     /// Hold the clients of every proxy.
@@ -84,6 +86,7 @@ async fn perform(cli: Cli, printer: Printer) -> anyhow::Result<Exit> {
         Verb::Objects(objects) if objects.only_prints() => objects.print(printer),
         Verb::Status => commands::status::run(&context()?).await,
         Verb::Preflight => commands::preflight::run(&context()?).await,
+        Verb::Sessions(sessions) => sessions.run(&context()?).await,
         Verb::Pause(pause) => pause.run(&context()?).await,
         Verb::Switch(switch) => switch.run(&context()?).await,
         Verb::Resume(resume) => resume.run(&context()?).await,

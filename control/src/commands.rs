@@ -20,6 +20,7 @@ pub mod plan;
 pub mod preflight;
 pub mod report;
 pub mod resume;
+pub mod sessions;
 pub mod status;
 pub mod switch;
 

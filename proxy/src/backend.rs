@@ -25,7 +25,7 @@ use crate::scram::{self, Keys};
 use crate::stream::{Peer, Stream};
 use crate::tls::Connector;
 
-pub use batch::{Answer, Asides, Batch, Column, Described};
+pub use batch::{Alive, Answer, Asides, Batch, Column, Described};
 pub(crate) use login::{md5_hex, md5_stored};
 pub use statement::{Row, ServerError};
 

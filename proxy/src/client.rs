@@ -92,6 +92,8 @@ pub enum Look {
     /// Nobody has looked.
     #[default]
     None,
+    /// It could not be looked at, for this reason.
+    Missed(Box<str>),
     /// Nothing kept it where it is.
     Movable,
     /// It stays, for these reasons.

@@ -5,120 +5,16 @@
 
 mod lookup;
 mod raw;
+mod words;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::Deserialize;
 use thiserror::Error;
 
 pub use lookup::UserLookup;
-
-/// How long a client keeps its server connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum PoolMode {
-    /// Until the client leaves.
-    Session,
-    /// Until the transaction ends.
-    Transaction,
-}
-
-impl PoolMode {
-    /// PgBouncer's word.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            PoolMode::Session => "session",
-            PoolMode::Transaction => "transaction",
-        }
-    }
-}
-
-/// How clients prove who they are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-pub enum AuthType {
-    /// SCRAM-SHA-256 (RFC 7677).
-    #[serde(rename = "scram-sha-256")]
-    Scram,
-    /// PostgreSQL's md5 method; a user whose secret is a SCRAM verifier uses SCRAM.
-    #[serde(rename = "md5")]
-    Md5,
-    /// Cleartext password.
-    #[serde(rename = "plain")]
-    Plain,
-    /// No proof; the user must be known.
-    #[serde(rename = "trust")]
-    Trust,
-    /// A client certificate whose common name is the user, who must be known; no password is asked.
-    #[serde(rename = "cert")]
-    Cert,
-}
-
-/// TLS towards servers, with libpq's meanings.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
-#[serde(rename_all = "kebab-case")]
-pub enum SslMode {
-    /// Never.
-    Disable,
-    /// Only if the server insists.
-    Allow,
-    /// If the server offers it.
-    #[default]
-    Prefer,
-    /// Always, certificate unchecked (checked like verify-ca when sslrootcert is given, as libpq does).
-    Require,
-    /// Always, signed by a trusted authority.
-    VerifyCa,
-    /// Always, signed and issued for the host.
-    VerifyFull,
-}
-
-impl SslMode {
-    /// libpq's word.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            SslMode::Disable => "disable",
-            SslMode::Allow => "allow",
-            SslMode::Prefer => "prefer",
-            SslMode::Require => "require",
-            SslMode::VerifyCa => "verify-ca",
-            SslMode::VerifyFull => "verify-full",
-        }
-    }
-}
-
-/// TLS towards clients (`client_tls_sslmode`), with PgBouncer's meanings.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum ClientTls {
-    /// Not offered.
-    Disable,
-    /// Offered.
-    Allow,
-    /// Offered (the same as allow).
-    Prefer,
-    /// A client without TLS is refused.
-    Require,
-    /// TLS and a client certificate of the given authority.
-    VerifyCa,
-    /// The same, and the certificate's common name must be the user (PostgreSQL's `clientcert=verify-full`).
-    VerifyFull,
-}
-
-/// The newest protocol that a server is asked for (libpq's `max_protocol_version`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
-pub enum ProtocolVersion {
-    /// What every server speaks, and everything that stands in front of one.
-    #[default]
-    #[serde(rename = "3.0")]
-    V3_0,
-    /// PostgreSQL 18's: long cancel keys. Older servers answer with 3.0.
-    #[serde(rename = "3.2", alias = "latest")]
-    V3_2,
-}
+pub use words::{AuthType, ClientTls, PoolMode, ProtocolVersion, SessionPolicy, SslMode};
 
 /// The whole checked configuration.
 #[derive(Debug, Clone)]
@@ -237,6 +133,8 @@ pub struct Database {
     pub auth_user: Option<String>,
     /// Override of `auth_dbname`.
     pub auth_dbname: Option<String>,
+    /// Sessions that can't be moved.
+    pub session_policy: SessionPolicy,
     /// Login for decisions and checks.
     pub control: Option<Control>,
     /// Declared servers by name; contains `active`.
@@ -373,6 +271,12 @@ impl Config {
             .and_then(|u| u.pool_size)
             .or_else(|| self.databases.get(database).and_then(|d| d.pool_size))
             .unwrap_or(self.general.default_pool_size)
+    }
+
+    /// What becomes of a database's sessions that can't be moved.
+    #[must_use]
+    pub fn session_policy(&self, database: &str) -> SessionPolicy {
+        self.databases.get(database).map(|d| d.session_policy).unwrap_or_default()
     }
 
     /// The same configuration with another `[pgcutover]`.
@@ -531,6 +435,7 @@ fn database(name: &str, raw: raw::Database) -> Database {
         auth_query: raw.auth_query,
         auth_user: raw.auth_user,
         auth_dbname: raw.auth_dbname,
+        session_policy: raw.session_policy.unwrap_or_default(),
         control: raw.control_user.map(|user| Control { user, password: raw.control_password }),
         backends: raw
             .backends

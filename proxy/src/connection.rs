@@ -442,6 +442,7 @@ async fn session(admitted: Box<(Stream, Entry)>, door: &Door, worker: usize) {
         kept,
         overheard: None,
         names: None,
+        known: None,
     };
     match session.run().await {
         Farewell::Terminated => tracing::debug!(id, "client left"),

@@ -20,7 +20,7 @@ pub use lookup::Question;
 pub use refusal::{Refusal, Why};
 pub use reload::Change;
 pub use switch::{Switched, SwitchedBy};
-pub use transplant::Transplanted;
+pub use transplant::{Moved, Transplanted};
 pub use watch::watch;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -52,7 +52,7 @@ use crate::tls::{Connector, RootCert};
 
 use link::Link;
 use lookup::Lookups;
-use transplant::Successors;
+use transplant::{Drafts, Successors};
 
 /// Switches that are remembered for SHOW SWITCHES.
 const SWITCHES_KEPT: usize = 100;
@@ -119,6 +119,8 @@ pub struct Database {
     moving: tokio::sync::Mutex<()>,
     /// Copies of live sessions, until a switch gives them to their clients or the pause ends.
     successors: Mutex<Option<Successors>>,
+    /// Copies made ahead of a pause.
+    drafts: Mutex<Drafts>,
 }
 
 impl Database {
@@ -179,6 +181,7 @@ impl Database {
             store_answers: AtomicBool::new(false),
             moving: tokio::sync::Mutex::default(),
             successors: Mutex::default(),
+            drafts: Mutex::default(),
         }))
     }
 

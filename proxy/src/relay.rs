@@ -277,7 +277,8 @@ impl<S: ShutSignal> Relay<'_, S> {
             Some(body) => overheard.request(header.tag, body),
             // Too long for a text; of any other message the type says enough.
             None if matches!(header.tag, b'Q' | b'P') => overheard.unread(header.tag),
-            None => overheard.request(header.tag, &[]),
+            // The names in a Bind come first.
+            None => overheard.request(header.tag, self.up.pending().get(HEADER_BYTES..).unwrap_or_default()),
         }
     }
 

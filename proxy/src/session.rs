@@ -8,6 +8,8 @@ mod errand;
 mod refuse;
 mod wait;
 
+pub use errand::Known;
+
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -66,6 +68,8 @@ pub struct Session {
     pub names: Option<Box<Names>>,
     /// What its texts told since it keeps a server connection.
     pub overheard: Option<Box<Overheard>>,
+    /// What it was made of when it was last looked at, if it has said nothing since.
+    pub known: Option<Box<Known>>,
 }
 
 /// What ends a wait for the client.
@@ -118,6 +122,9 @@ impl Session {
         let begun_at = Instant::now();
         self.meter.wait(micros(begun_at - asked_at));
         self.meter.server_assignment();
+        if let Some(known) = self.known.as_mut() {
+            known.spoken();
+        }
         // Boxed, with all that a transaction needs and an idle client does not.
         let outcome = Box::pin(self.relay(lease, begun_at)).await;
         let ended_at = Instant::now();
@@ -407,7 +414,11 @@ impl Session {
         loop {
             let Some(kept) = self.kept.as_mut() else { return Ok(()) };
             if let Some(down) = self.down.as_mut() {
-                clear_gossip(down, &mut kept.pooled.tracker)?;
+                if clear_gossip(down, &mut kept.pooled.tracker)? == Gossip::Settings
+                    && let Some(known) = self.known.as_mut()
+                {
+                    known.spoken();
+                }
                 match down.poll_write(&mut self.stream, cx) {
                     Poll::Ready(Ok(_)) => {}
                     Poll::Ready(Err(error)) => return Err(Farewell::ClientGone(error)),
@@ -445,6 +456,8 @@ impl Session {
             let _ = tokio::time::timeout(LAST_WORD, self.stream.shutdown()).await;
         }
         self.client.unlink();
+        // Whoever left an errand need not wait for it.
+        drop(self.pool.site.errands.take(self.client.who.id));
         let Some(mut kept) = self.kept.take() else { return };
         if matches!(farewell, Farewell::ServerGone(_)) || kept.sharing() == Sharing::OneToOne {
             return kept.close();
@@ -463,12 +476,25 @@ impl Session {
     }
 }
 
+/// What a server said at rest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Gossip {
+    /// Nothing that changes its session.
+    Idle,
+    /// Another value of a setting.
+    Settings,
+}
+
 /// Clears messages that came from a server at rest.
-fn clear_gossip(down: &mut Buffer, tracker: &mut Tracker) -> Result<(), Farewell> {
+fn clear_gossip(down: &mut Buffer, tracker: &mut Tracker) -> Result<Gossip, Farewell> {
+    let mut gossip = Gossip::Idle;
     loop {
         match down.next_header() {
-            Ok(None) => return Ok(()),
+            Ok(None) => return Ok(gossip),
             Ok(Some(header)) => {
+                if header.tag == b'S' {
+                    gossip = Gossip::Settings;
+                }
                 tracker.backend(header.tag, 0);
                 down.send(header);
             }

@@ -7,7 +7,10 @@ mod prepare;
 mod probe;
 mod reason;
 mod restore;
+mod sequences;
 mod snapshot;
+
+use std::sync::Arc;
 
 use thiserror::Error;
 use tokio::time::Instant;
@@ -16,6 +19,7 @@ use crate::backend::ServerConnection;
 use crate::backend::ServerError;
 
 pub use reason::{NotMovable, Reason};
+pub use sequences::{Seat, Ticket};
 pub use snapshot::Snapshot;
 
 /// What the prober has to be told, because no server can say it.
@@ -23,10 +27,27 @@ pub use snapshot::Snapshot;
 pub struct Hints {
     /// Names of custom settings (`myapp.user_id`) that are to move: configured, and seen in `SET`.
     pub custom_settings: Vec<Box<[u8]>>,
-    /// What speaks against any session of this database: of [`survey`], once per attempt.
-    pub database: Vec<Reason>,
+    /// What is so for all sessions of this database: of [`survey`], once per attempt.
+    pub survey: Arc<Survey>,
     /// What only the wire has seen of this session.
     pub seen: Seen,
+}
+
+/// What is so for all sessions of a database.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Survey {
+    /// What speaks against moving any of them; [`Reason::AdvisoryLocks`]: against those that hold one.
+    pub reasons: Vec<Reason>,
+    /// The OIDs of all sequences that are not temporary.
+    pub sequences: Vec<u32>,
+}
+
+impl Survey {
+    /// Whether that was found.
+    #[must_use]
+    pub fn forbids(&self, reason: Reason) -> bool {
+        self.reasons.contains(&reason)
+    }
 }
 
 /// What went over a session's wire since its login and can't be read from a server.
@@ -97,16 +118,17 @@ impl RestoreError {
     }
 }
 
-/// What speaks against moving any session of the database that `server` is connected to.
+/// What is so for all sessions of the database that `server` is connected to.
 ///
 /// # Errors
 /// [`ServerError`].
-pub async fn survey(server: &mut ServerConnection, deadline: Instant) -> Result<Vec<Reason>, ServerError> {
+pub async fn survey(server: &mut ServerConnection, deadline: Instant) -> Result<Survey, ServerError> {
     probe::survey(server, deadline).await
 }
 
 /// Reads what a session is made of, between two transactions; leaves no trace in it. What the server says aside
-/// meanwhile is kept in [`ServerConnection::asides`] for the client. Not cancel safe: finish it or drop the connection.
+/// meanwhile is kept in [`ServerConnection::asides`] for the client. `before` is what was read of it earlier: statements
+/// that are still the same are not described again. Not cancel safe: finish it or drop the connection.
 ///
 /// # Errors
 /// [`ServerError::Broken`] and [`ServerError::Timeout`]: the old connection is lost. A refused statement is no error
@@ -114,10 +136,11 @@ pub async fn survey(server: &mut ServerConnection, deadline: Instant) -> Result<
 pub async fn probe(
     server: &mut ServerConnection,
     hints: &Hints,
+    before: Option<&Snapshot>,
     deadline: Instant,
 ) -> Result<Result<Snapshot, NotMovable>, ServerError> {
     // Boxed: the future is large, and waits inside others that are many.
-    match Box::pin(probe::read(server, hints, deadline)).await {
+    match Box::pin(probe::read(server, hints, before, deadline)).await {
         Ok(snapshot) => Ok(Ok(snapshot)),
         Err(probe::Failure::Stays(why)) => Ok(Err(why)),
         Err(probe::Failure::Lost(error)) => Err(error),
@@ -125,14 +148,34 @@ pub async fn probe(
 }
 
 /// Says all of a snapshot to a fresh connection of the same login, and compares. Notifications that come meanwhile are
-/// kept in [`ServerConnection::asides`]. Not cancel safe.
+/// kept in [`ServerConnection::asides`]. `tickets` are those for its [`Snapshot::seats`], in that order. Not cancel safe.
 ///
 /// # Errors
 /// [`RestoreError`]: the caller closes this connection, the session goes on where it was.
 pub async fn restore(
     server: &mut ServerConnection,
     snapshot: &Snapshot,
+    tickets: &[Ticket],
     deadline: Instant,
 ) -> Result<(), RestoreError> {
-    Box::pin(restore::write(server, snapshot, deadline)).await
+    Box::pin(restore::write(server, snapshot, tickets, deadline)).await
+}
+
+/// Brings a connection that was made a copy of `made` up to `snapshot`, where they differ in sequences only; `false`: in
+/// more, and nothing was done. Not cancel safe.
+///
+/// # Errors
+/// [`RestoreError`]: the caller closes this connection.
+pub async fn touch_up(
+    server: &mut ServerConnection,
+    made: &Snapshot,
+    snapshot: &Snapshot,
+    tickets: &[Ticket],
+    deadline: Instant,
+) -> Result<bool, RestoreError> {
+    if !made.differs_in_sequences_only(snapshot) {
+        return Ok(false);
+    }
+    Box::pin(restore::touch_up(server, snapshot, tickets, deadline)).await?;
+    Ok(true)
 }

@@ -36,6 +36,7 @@ pub fn checks(facts: &Facts) -> Vec<Finding> {
         data::large_objects,
         data::sequences,
         data::target_triggers,
+        data::server_bound,
         types::type_oids,
         people::old_transactions,
         people::prepared_transactions,

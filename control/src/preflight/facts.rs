@@ -186,6 +186,8 @@ pub struct ClusterFacts {
     pub materialized_views: Vec<String>,
     /// Triggers that fire in apply workers too, as `schema.table trigger`.
     pub replica_triggers: Vec<String>,
+    /// Functions that read numbers of this one server: process ids, transaction ids, log positions, snapshots.
+    pub server_bound: Vec<String>,
     /// Sessions of the database.
     pub sessions: Vec<Session>,
     /// Prepared transactions of the database.
@@ -329,6 +331,7 @@ async fn cluster(cluster: &Cluster, inquiry: &Inquiry) -> Result<ClusterFacts, C
         foreign_tables: relations(cluster, 'f', limit).await?,
         materialized_views: relations(cluster, 'm', limit).await?,
         replica_triggers: cluster.list("triggers", REPLICA_TRIGGERS, limit, |row| row.text("name")).await?,
+        server_bound: cluster.list("functions", SERVER_BOUND, limit, |row| row.text("name")).await?,
         sessions: cluster.list("sessions", SESSIONS, limit, session).await?,
         prepared: cluster.prepared_transactions(limit).await?,
         logins,
@@ -391,6 +394,13 @@ fn now_ms() -> i64 {
 const REPLICA_TRIGGERS: &str = "SELECT n.nspname || '.' || c.relname || ' ' || t.tgname AS name FROM pg_trigger t \
     JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace \
     WHERE t.tgenabled IN ('A', 'R') AND NOT t.tgisinternal AND t.tgname NOT IN ('pgcutover_gate', 'pgcutover_local') ORDER BY 1";
+
+/// Whether they keep what they read is not to be seen; extensions know what they do.
+const SERVER_BOUND: &str = "SELECT p.oid::regprocedure::text AS name FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace \
+    WHERE n.nspname !~ '^(pg_|information_schema$|pgcutover$)' \
+      AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e') \
+      AND p.prosrc ~* '(pg_backend_pid|txid_current|pg_current_xact_id|pg_current_wal|pg_export_snapshot|pg_current_snapshot)' \
+    ORDER BY 1";
 
 const SESSIONS: &str = "SELECT a.pid, coalesce(a.usename, '') AS usename, a.application_name, host(a.client_addr) AS client_addr, \
       a.backend_type, (extract(epoch FROM clock_timestamp() - a.xact_start) * 1000)::bigint AS age_ms \

@@ -47,6 +47,14 @@ CREATE UNLOGGED TABLE IF NOT EXISTS pgcutover.member (
   seen_at timestamptz NOT NULL,
   PRIMARY KEY (db, instance)
 );
+-- Tickets for take_seat(), on a target; those that were never used are of no use after a minute.
+CREATE UNLOGGED TABLE IF NOT EXISTS pgcutover.seat (
+  ticket uuid PRIMARY KEY,
+  sequence_schema text NOT NULL,
+  sequence_name text NOT NULL,
+  value bigint NOT NULL,
+  at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
+);
 CREATE TABLE IF NOT EXISTS pgcutover.heartbeat (db text PRIMARY KEY, n bigint NOT NULL, at timestamptz NOT NULL);
 CREATE TABLE IF NOT EXISTS pgcutover.sentinel (db text PRIMARY KEY, token text NOT NULL);
 CREATE TABLE IF NOT EXISTS pgcutover.durable (
@@ -369,6 +377,25 @@ BEGIN
 END
 $f$;
 
+-- S4b: a session that has used a sequence has to draw the same value on the target (currval, lastval), for which the
+-- sequence is set to it first, and its role may have no right to that. Whoever holds a ticket, which only a proxy's control
+-- login makes, may set one sequence to one value, once; S5 sets every sequence after that. The lock is shared by all who
+-- restore: the session draws in the same transaction.
+CREATE OR REPLACE FUNCTION pgcutover.take_seat(p_ticket uuid) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f$
+DECLARE
+  taken pgcutover.seat;
+BEGIN
+  DELETE FROM pgcutover.seat s WHERE s.ticket = p_ticket AND s.at > clock_timestamp() - interval '1 minute'
+    RETURNING s.* INTO taken;
+  IF taken.ticket IS NULL THEN
+    RAISE EXCEPTION 'pgcutover: there is no such ticket' USING ERRCODE = '55000';
+  END IF;
+  PERFORM pg_advisory_xact_lock(1346848567, hashtext(taken.sequence_schema || '.' || taken.sequence_name));
+  PERFORM setval(format('%I.%I', taken.sequence_schema, taken.sequence_name)::regclass, taken.value, false);
+END
+$f$;
+
 -- The undo of S0. A gate that refuses, or would refuse, by a commit or an open epoch stays: 55000.
 CREATE OR REPLACE FUNCTION pgcutover.may_disarm(p_db text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f$
@@ -418,3 +445,4 @@ $f$;
 REVOKE ALL ON ALL TABLES IN SCHEMA pgcutover FROM PUBLIC;
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA pgcutover FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION pgcutover.aborted(text, bigint), pgcutover.witnessed(text, bigint) TO PUBLIC;
+GRANT EXECUTE ON FUNCTION pgcutover.take_seat(uuid) TO PUBLIC;

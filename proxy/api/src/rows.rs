@@ -204,7 +204,9 @@ macro_rules! word_cells {
         }
     )+ };
 }
-word_cells! { YesNo, GateState, PoolMode, SessionState, BlockerReason, SwitchHow, Verdict, Fate, crate::command::Mode }
+word_cells! {
+    YesNo, GateState, PoolMode, SessionState, BlockerReason, SwitchHow, Verdict, Fate, Prospect, crate::command::Mode
+}
 
 words! {
     /// A yes or no.
@@ -309,8 +311,26 @@ words! {
     Fate {
         /// Its copy stands ready on the new backend.
         Moved = "moved",
-        /// It has none.
+        /// It has none, and holds the others up.
         Refused = "refused",
+        /// It has none; the switch disconnects it.
+        Leaves = "leaves",
+    }
+}
+
+words! {
+    /// What will become of a session when its database moves, as far as the last look at it tells.
+    Prospect {
+        /// It moves along.
+        Moves = "moves",
+        /// The database does not move while it is there.
+        Refuses = "refuses",
+        /// It is waited for before the pause; if it is still there and can't be moved, the database stays.
+        Waits = "waits",
+        /// It is disconnected.
+        Leaves = "leaves",
+        /// Nobody could look at it yet.
+        Unknown = "unknown",
     }
 }
 
@@ -434,6 +454,8 @@ rows! {
         movable: YesNo,
         /// Why not.
         reason: String,
+        /// What will become of it: not movable, that is by the database's `session_policy`.
+        verdict: Prospect,
     }
 
     /// SHOW BLOCKERS: one row per session that a drain waits for.

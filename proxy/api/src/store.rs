@@ -6,6 +6,8 @@
 //! setting does not matter (R11). Its result counts only once the whole message is acknowledged; after an error send
 //! [`ROLLBACK`] or close the connection.
 
+mod seat;
+
 use std::fmt::{self, Display, Write};
 use std::str::FromStr;
 
@@ -14,6 +16,8 @@ use thiserror::Error;
 use crate::epoch::Claim;
 use crate::epoch::Epoch;
 use crate::epoch::RunId;
+
+pub use seat::{Seat, seats};
 
 /// Tables, functions and the gates view; idempotent. Run it on the target first, then on the source.
 pub const OBJECTS: &str = include_str!("../sql/objects.sql");

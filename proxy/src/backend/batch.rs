@@ -11,6 +11,7 @@ use crate::backend::statement::{refusal, row};
 use crate::backend::{READ_BYTES, Rest, Row, ServerConnection, ServerError, WireError};
 use crate::frame;
 use crate::message;
+use crate::stream::Arrived;
 
 /// The name of our statement and portal: none that a client would choose.
 const OURS: &[u8] = b"_pgcutover_\x01";
@@ -28,6 +29,15 @@ pub enum Asides {
     All,
     /// Keep notifications: the rest is about what we do there ourselves.
     Notifications,
+}
+
+/// Whether a connection at rest is still there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Alive {
+    /// As far as can be told without asking.
+    Yes,
+    /// It has ended, is in the middle of a message, or says what no server at rest says.
+    No,
 }
 
 /// Requests that are written at once.
@@ -73,6 +83,12 @@ impl Batch {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.answers == 0
+    }
+
+    /// Answers that are due for what was asked so far.
+    #[must_use]
+    pub fn answers(&self) -> usize {
+        self.answers
     }
 
     /// A simple query: an answer of its own.
@@ -159,6 +175,32 @@ impl ServerConnection {
             Err(_) => return Err(ServerError::Timeout),
         };
         self.sort(messages, asides)
+    }
+
+    /// Takes in what the server has said at rest; notifications are kept in [`asides`](Self::asides).
+    pub fn listen(&mut self) -> Alive {
+        // Ended by a server that says nothing more for a moment: at rest it says little.
+        loop {
+            match self.stream.arrived(&mut self.input) {
+                Arrived::Bytes => {}
+                Arrived::Nothing => break,
+                Arrived::End => return Alive::No,
+            }
+        }
+        loop {
+            let total_bytes = match (frame::header(&self.input), frame::next(&self.input, MESSAGE_BYTES_MAX)) {
+                (Ok(Some(header)), Ok(Some(_))) => header.total_bytes,
+                (Ok(_), Ok(_)) if self.input.is_empty() => return Alive::Yes,
+                (_, _) => return Alive::No,
+            };
+            let whole = self.input.split_to(total_bytes).freeze();
+            match whole.first() {
+                Some(b'A') => self.asides.extend_from_slice(&whole),
+                Some(b'N') => {}
+                Some(b'S') if self.learn(&whole.slice(frame::HEADER_BYTES..)).is_ok() => {}
+                Some(_) | None => return Alive::No,
+            }
+        }
     }
 
     /// Writes and reads at the same time.

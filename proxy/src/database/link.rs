@@ -16,7 +16,7 @@ use crate::backend::{ConnectError, Login, Row, ServerConnection, ServerError};
 use crate::database::{Database, lock, password};
 use crate::parameters::Reported;
 use crate::transplant;
-use crate::transplant::Reason;
+use crate::transplant::Survey;
 
 /// The longest wait for the store: a third of the default lease, so that an ended lease can be decided, and asked about
 /// again, before clients are shed.
@@ -131,8 +131,8 @@ impl Database {
         }
     }
 
-    /// What speaks against moving any session of the database, as a backend's catalogue says.
-    pub(super) async fn survey(&self, backend: &str) -> Result<Vec<Reason>, Silence> {
+    /// What moving any session of the database needs to know, as a backend's catalogue says.
+    pub(super) async fn survey(&self, backend: &str) -> Result<Survey, Silence> {
         let link = Arc::clone(lock(&self.links).entry(backend.to_owned()).or_default());
         let deadline = Instant::now() + ANSWER;
         // Bounded: whoever holds the link has the same deadline for its own answer.
@@ -141,10 +141,10 @@ impl Database {
             Some(connection) => connection,
             None => self.connect(backend, deadline).await?,
         };
-        let reasons = Box::pin(transplant::survey(&mut connection, deadline)).await?;
+        let survey = Box::pin(transplant::survey(&mut connection, deadline)).await?;
         connection.asides.clear();
         link.connection = Some(connection);
-        Ok(reasons)
+        Ok(survey)
     }
 
     pub(super) fn route_name(&self) -> Result<&Name, Silence> {

@@ -71,6 +71,9 @@ impl Database {
         for pool in self.pools() {
             if active { pool.close_idle() } else { pool.unpark() }
         }
+        if !active {
+            self.drop_drafts();
+        }
         if let Err(error) = self.identify(backend).await {
             tracing::debug!(database = %self.name(), backend, %error, "who is at the new address is not known yet");
         }

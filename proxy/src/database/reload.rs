@@ -166,6 +166,7 @@ impl Change<'_> {
         if !self.changed.is_empty() {
             // They may be connections to a former address.
             database.pools().iter().for_each(|pool| pool.unpark());
+            database.drop_drafts();
             lock(&database.identities).retain(|name, _| !self.changed.contains(name));
         }
         if *active.backend != *self.configured {

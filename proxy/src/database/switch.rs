@@ -80,14 +80,16 @@ impl Database {
         let warmed = pools.into_iter().map(|pool| {
             let target = &target;
             // Of the connections that are open the kept ones are a part; a number asked for is for the others.
-            let kept = if prepare.connections.is_some() { self.kept_of(&pool) } else { 0 };
-            let share = wanted(pool.counts().open, open, prepare.connections) + kept;
+            let (kept, drafted) = self.kept_of(&pool, &prepare.backend);
+            let kept = if prepare.connections.is_some() { kept } else { 0 };
+            let share = (wanted(pool.counts().open, open, prepare.connections) + kept).saturating_sub(drafted);
             async move {
                 let verdict = pool.prewarm(target, share, 0).await;
                 (pool, verdict)
             }
         });
-        let (verdicts, ()) = tokio::join!(futures_util::future::join_all(warmed), self.look_at_sessions());
+        let verdicts = futures_util::future::join_all(warmed).await;
+        self.look_at_sessions(&target).await;
         // The control login too: SWITCH writes the evidence there, and should not have to connect first.
         if let Err(error) = self.identify(&prepare.backend).await {
             tracing::warn!(database = %self.name(), backend = %prepare.backend, %error, "no control connection to the target");

@@ -48,6 +48,7 @@ impl Database {
                 look_at = Instant::now() + LOOK;
             }
             self.abandon_outlived();
+            self.sift_drafts();
             let asked_again = self.settle_ended_lease().await;
             let lease_ends = self.site.gate.pause().and_then(|pause| pause.lease_ends);
             let next = match (asked_again, lease_ends) {

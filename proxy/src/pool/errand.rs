@@ -10,19 +10,19 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use crate::backend::{ConnectError, ServerConnection};
+use crate::backend::{Alive, ConnectError, ServerConnection};
 use crate::client::{Client, Order};
 use crate::pool::connection::{Place, Pooled};
-use crate::pool::{Kept, Pool, lock};
+use crate::pool::{Kept, Pool, lock, rehomed};
 use crate::route::Active;
-use crate::transplant::{NotMovable, Reason, Snapshot};
+use crate::transplant::{NotMovable, Snapshot, Survey};
 
 /// Something to do.
 pub enum Errand {
     /// Read what the session is made of.
     Probe {
-        /// What speaks against any session of the database.
-        database: Arc<Vec<Reason>>,
+        /// What was found for all sessions of the database.
+        survey: Arc<Survey>,
         /// What came of it; dropped when there is nothing to read.
         answer: oneshot::Sender<Probed>,
     },
@@ -39,8 +39,8 @@ pub enum Errand {
 #[derive(Debug)]
 pub struct Probed {
     /// What it is made of, or why it stays.
-    pub session: Result<Snapshot, NotMovable>,
-    /// How long that took.
+    pub session: Result<Arc<Snapshot>, NotMovable>,
+    /// How long that took; zero where it was known, and the session has said nothing since.
     pub took: Duration,
 }
 
@@ -75,11 +75,16 @@ impl Successor {
         self.pooled.as_mut().map(|pooled| &mut pooled.server)
     }
 
-    /// It becomes a session's own, of the route's present generation, with a place: the one that it replaces gives its
-    /// place back when it has closed.
+    /// Whether it is still there. What it has said for its client is kept.
+    pub fn is_alive(&mut self) -> bool {
+        self.server().is_some_and(|server| server.listen() == Alive::Yes)
+    }
+
+    /// It becomes a session's own, of the route's present generation and this worker's, with a place: the one that it
+    /// replaces gives its place back when it has closed.
     #[must_use]
-    pub fn into_kept(mut self) -> Option<Kept> {
-        let mut pooled = self.pooled.take()?;
+    pub fn into_kept(mut self, worker: usize) -> Option<Kept> {
+        let mut pooled = rehomed(self.pooled.take()?, worker)?;
         pooled.generation = self.pool.site.route.generation();
         pooled.shared.generation.store(pooled.generation, Ordering::Relaxed);
         pooled.reported = Arc::new(pooled.server.parameters.clone());

@@ -3,13 +3,20 @@
 //! Invariant: a hazard that a text may hold is noted, also where it turns out to be none; a text that was not read whole is
 //! a hazard itself. Words are compared without regard to case, inside strings and comments too. Pure.
 
-use std::collections::BTreeSet;
+mod locks;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use locks::Locks;
 
 /// Texts of unnamed statements are kept up to this many bytes: a session owns one.
 const UNNAMED_BYTES_MAX: usize = 64 * 1024;
 
 /// Names of settings are kept up to this many.
 const NAMES_MAX: usize = 256;
+
+/// Statements that take locks are remembered up to this many.
+const TAKERS_MAX: usize = 64;
 
 /// Reported settings that change what the text of a statement means.
 const PARSE_SETTINGS: [&[u8]; 4] = [b"standard_conforming_strings", b"DateStyle", b"IntervalStyle", b"TimeZone"];
@@ -61,6 +68,13 @@ enum Clauses {
     Perhaps,
 }
 
+/// Whether a text names a function that takes a session advisory lock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Takes {
+    Nothing,
+    Locks,
+}
+
 /// What stands before a word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Before {
@@ -88,6 +102,78 @@ pub struct Overheard {
     parsing: Parsing,
     unnamed: Option<Box<[u8]>>,
     skipping: Skipping,
+    locks: LockCalls,
+}
+
+/// Calls that took a session advisory lock, as far as they were heard.
+#[derive(Debug, Clone, Default)]
+struct LockCalls {
+    count: Tally,
+    /// Statements of the protocol that take locks, by name.
+    statements: BTreeMap<Box<[u8]>, Locks>,
+    /// What the unnamed portal takes each time it runs.
+    portal: Locks,
+}
+
+/// A count, as long as it is sure.
+#[derive(Debug, Clone, Copy)]
+enum Tally {
+    Sure(u32),
+    Unclear,
+}
+
+impl Default for Tally {
+    fn default() -> Self {
+        Self::Sure(0)
+    }
+}
+
+impl LockCalls {
+    fn add(&mut self, locks: Locks) {
+        self.count = match (self.count, locks) {
+            (Tally::Sure(count), Locks::Calls(calls)) => Tally::Sure(count.saturating_add(calls)),
+            (count, Locks::None) => count,
+            (Tally::Unclear, Locks::Calls(_)) | (_, Locks::Unclear) => Tally::Unclear,
+        };
+    }
+
+    fn parsed(&mut self, name: &[u8], locks: Locks) {
+        match locks {
+            Locks::None => {
+                self.statements.remove(name);
+            }
+            Locks::Calls(_) | Locks::Unclear if self.statements.len() < TAKERS_MAX => {
+                self.statements.insert(name.into(), locks);
+            }
+            Locks::Calls(_) | Locks::Unclear => self.count = Tally::Unclear,
+        }
+    }
+
+    /// `portal\0statement\0…`, as far as it is here.
+    fn bound(&mut self, body: &[u8]) {
+        if self.statements.is_empty() {
+            self.portal = Locks::None;
+            return;
+        }
+        let mut parts = body.splitn(3, |byte| *byte == 0);
+        let (Some(portal), Some(statement), Some(_)) = (parts.next(), parts.next(), parts.next()) else {
+            self.count = Tally::Unclear;
+            return;
+        };
+        let locks = self.statements.get(statement).copied().unwrap_or_default();
+        match (portal.is_empty(), locks) {
+            (true, locks) => self.portal = locks,
+            (false, Locks::None) => {}
+            // A portal with a name may run any number of times.
+            (false, Locks::Calls(_) | Locks::Unclear) => self.count = Tally::Unclear,
+        }
+    }
+
+    fn executed(&mut self, body: &[u8]) {
+        if body.first().is_none_or(|first| *first == 0) {
+            self.add(self.portal);
+        }
+    }
 }
 
 impl Overheard {
@@ -113,11 +199,32 @@ impl Overheard {
         self.unnamed.as_deref()
     }
 
-    /// A message of the client, whole.
+    /// Calls that took a session advisory lock each, since none was held; `None`: unclear.
+    #[must_use]
+    pub fn lock_calls(&self) -> Option<u32> {
+        match self.locks.count {
+            Tally::Sure(count) => Some(count),
+            Tally::Unclear => None,
+        }
+    }
+
+    /// The server says that the session holds no lock: calls count from here. What was unclear may come again.
+    pub fn holds_no_locks(&mut self) {
+        if let Tally::Sure(count) = &mut self.locks.count {
+            *count = 0;
+        }
+    }
+
+    /// A message of the client: Query and Parse whole, of others the beginning.
     pub(super) fn request(&mut self, tag: u8, body: &[u8]) {
         match tag {
-            b'Q' => self.text(body),
+            b'Q' => {
+                let taken = self.locks_in(body);
+                self.locks.add(taken);
+            }
             b'P' => self.parse(body),
+            b'B' => self.locks.bound(body),
+            b'E' => self.locks.executed(body),
             b'F' => self.note(Hazard::FunctionCall),
             _ => {}
         }
@@ -167,7 +274,16 @@ impl Overheard {
             let sure = self.skipping == Skipping::No && text.len() <= UNNAMED_BYTES_MAX;
             self.unnamed = sure.then(|| text.into());
         }
-        self.text(text);
+        let taken = self.locks_in(text);
+        self.locks.parsed(name, taken);
+    }
+
+    /// Reads a text; what it does to locks.
+    fn locks_in(&mut self, text: &[u8]) -> Locks {
+        match self.text(text) {
+            Takes::Nothing => Locks::None,
+            Takes::Locks => locks::locks_in(text),
+        }
     }
 
     fn parsed(&mut self) {
@@ -176,7 +292,8 @@ impl Overheard {
         }
     }
 
-    fn text(&mut self, text: &[u8]) {
+    fn text(&mut self, text: &[u8]) -> Takes {
+        let mut takes = Takes::Nothing;
         let mut rest = text;
         let mut clauses = Clauses::None;
         let mut before = Before::Other;
@@ -194,15 +311,20 @@ impl Overheard {
                 self.set(after, clause);
             }
             self.word(word, after);
+            if locks::is_taker(word) {
+                takes = Takes::Locks;
+            }
             before = Before::Name;
             rest = after;
         }
+        takes
     }
 
     fn word(&mut self, word: &[u8], after: &[u8]) {
         let is = |known: &[u8]| word.eq_ignore_ascii_case(known);
         match word.len() {
             4 if is(b"load") => self.note(Hazard::Load),
+            5 if is(b"reset") => self.reset(after),
             7 if is(b"prepare") => self.parsed(),
             7 if is(b"setseed") => self.note(Hazard::RandomSeed),
             10 if is(b"set_config") => self.set_config(after),
@@ -227,6 +349,17 @@ impl Overheard {
             self.name(&after[..end]);
         } else if !clause {
             self.note(Hazard::DynamicSetting);
+        }
+    }
+
+    /// `RESET name`: a custom setting that was not there is empty from then on.
+    fn reset(&mut self, after: &[u8]) {
+        let after = after.trim_ascii_start();
+        let end = after.iter().position(|byte| !is_word(*byte) && *byte != b'.').unwrap_or(after.len());
+        if after.get(end) == Some(&b'"') {
+            self.note(Hazard::DynamicSetting);
+        } else {
+            self.name(&after[..end]);
         }
     }
 
@@ -294,6 +427,7 @@ mod tests {
         };
         assert_eq!(names("SET session MyApp.User = '1'; set local a.b to 2; SET work_mem = 3"), ["a.b", "myapp.user"]);
         assert_eq!(names("SELECT set_config('app.tenant' , $1, false)"), ["app.tenant"]);
+        assert_eq!(names("RESET My.Unset; RESET ALL; SELECT reset, 1"), ["my.unset"]);
         assert_eq!(
             names("UPDATE \"t\" SET \"x\" = 1; SELECT set_config('work_mem', '1MB', true)"),
             Vec::<String>::new()
@@ -304,10 +438,39 @@ mod tests {
             "SELECT set_config(E'a.b', '1', false)",
             "SET \"a.b\" = 1",
             "SET a.\"b\" = 1",
+            "RESET \"a\".\"b\"",
             "DO $$BEGIN EXECUTE format('SET %I = 1', n); END$$",
             "UPDATE t SET \"a\" = 1; SET \"a.b\" = 2",
         ] {
             assert_eq!(hazards(text), [Hazard::DynamicSetting], "{text}");
+        }
+    }
+
+    #[test]
+    fn lock_calls_are_counted_as_they_run() {
+        let mut overheard = heard(&["SELECT pg_advisory_lock(1)", "SELECT 1"]);
+        assert_eq!(overheard.lock_calls(), Some(1));
+        overheard.request(b'P', b"l\0SELECT pg_advisory_lock($1)\0\0\0");
+        assert_eq!(overheard.lock_calls(), Some(1), "prepared only");
+        for _ in 0..2 {
+            overheard.request(b'B', b"\0l\0\0\0");
+            overheard.request(b'E', b"\0\0\0\0\0");
+        }
+        assert_eq!(overheard.lock_calls(), Some(3));
+        overheard.request(b'B', b"\0other\0\0\0");
+        overheard.request(b'E', b"\0\0\0\0\0");
+        assert_eq!(overheard.lock_calls(), Some(3));
+        overheard.holds_no_locks();
+        assert_eq!(overheard.lock_calls(), Some(0));
+        for (tag, body) in [
+            (b'B', &b"portal\0l\0\0\0"[..]),
+            (b'B', b"port"),
+            (b'Q', b"DO $$ BEGIN PERFORM pg_advisory_lock(1); END $$\0"),
+        ] {
+            let mut overheard = overheard.clone();
+            overheard.request(tag, body);
+            overheard.holds_no_locks();
+            assert_eq!(overheard.lock_calls(), None, "{}", String::from_utf8_lossy(body));
         }
     }
 

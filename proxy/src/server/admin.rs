@@ -257,7 +257,11 @@ impl Admin for Operator {
     }
 
     async fn sessions(&self) -> Vec<SessionRow> {
-        self.each(|database| database.clients().iter().map(|client| rows::session(client)).collect::<Vec<_>>())
+        let config = self.door.process.config.load_full();
+        self.each(|database| {
+            let policy = config.session_policy(database.name());
+            database.clients().iter().map(|client| rows::session(client, policy)).collect::<Vec<_>>()
+        })
     }
 
     async fn blockers(&self, scope: Scope) -> Result<Vec<BlockerRow>, Refusal> {

@@ -9,18 +9,18 @@ use std::time::{Duration, Instant, SystemTime};
 
 use pgcutover_api::command::Mode;
 use pgcutover_api::rows::{
-    BackendRow, BlockerReason, BlockerRow, Fate, GateRow, GateState, PoolMode, PrepareRow, SessionRow, SessionState,
-    SwitchHow, SwitchRow, TransplantRow, Verdict, YesNo,
+    BackendRow, BlockerReason, BlockerRow, Fate, GateRow, GateState, PoolMode, PrepareRow, Prospect, SessionRow,
+    SessionState, SwitchHow, SwitchRow, TransplantRow, Verdict, YesNo,
 };
 
 use crate::client::{Client, Look, Server, State};
 use crate::config;
-use crate::config::{Backend, Config};
+use crate::config::{Backend, Config, SessionPolicy};
 use crate::connection::Door;
 use crate::console::{
     Census, ClientState, DatabaseRow, DnsRow, Forwards, Peer, PoolRow, ServerState, SocketRow, SocketState, UserRow,
 };
-use crate::database::{Blocker, Database, Switched, SwitchedBy, Transplanted};
+use crate::database::{Blocker, Database, Moved, Switched, SwitchedBy, Transplanted};
 use crate::message::Replication;
 use crate::parameters;
 use crate::pool;
@@ -309,9 +309,9 @@ fn reported_version(database: &Database) -> Option<String> {
     parameters::reported(&told, b"server_version").map(text).and_then(|said| said.split(' ').next().map(str::to_owned))
 }
 
-pub(super) fn session(client: &Client) -> SessionRow {
+pub(super) fn session(client: &Client, policy: SessionPolicy) -> SessionRow {
     let (addr, port) = address(client);
-    let (movable, reason) = movable(client);
+    let (verdict, reason) = prospect(client, policy);
     SessionRow {
         database: client.who.database.to_string(),
         user: text(&client.who.user),
@@ -327,20 +327,27 @@ pub(super) fn session(client: &Client) -> SessionRow {
             State::Waiting => SessionState::Waiting,
         },
         linked: client.linked().map(|server| server.pid),
-        movable: movable.into(),
+        movable: (verdict == Prospect::Moves).into(),
         reason,
+        verdict,
     }
 }
 
-/// Whether a switch can take a client along, and why not. One without a server of its own has nothing to move.
-fn movable(client: &Client) -> (bool, String) {
+/// What a switch would do to a client, and why. One without a server of its own has nothing to move.
+fn prospect(client: &Client, policy: SessionPolicy) -> (Prospect, String) {
     let keeps = client.who.pool_mode == config::PoolMode::Session && client.linked().is_some();
+    let stays = match policy {
+        SessionPolicy::Refuse => Prospect::Refuses,
+        SessionPolicy::Wait => Prospect::Waits,
+        SessionPolicy::Disconnect => Prospect::Leaves,
+    };
     match client.look() {
-        _ if client.who.replicates() => (false, Reason::Replication.text().to_owned()),
-        _ if !keeps => (true, String::new()),
-        Look::Movable => (true, String::new()),
-        Look::Stays(why) => (false, why.into()),
-        Look::None => (false, NOT_LOOKED_AT.to_owned()),
+        _ if client.who.replicates() => (stays, Reason::Replication.text().to_owned()),
+        _ if !keeps => (Prospect::Moves, String::new()),
+        Look::Movable => (Prospect::Moves, String::new()),
+        Look::Stays(why) => (stays, why.into()),
+        Look::Missed(why) => (Prospect::Unknown, why.into()),
+        Look::None => (Prospect::Unknown, NOT_LOOKED_AT.to_owned()),
     }
 }
 
@@ -349,8 +356,12 @@ pub(super) fn transplanted(moved: &Transplanted) -> TransplantRow {
     TransplantRow {
         client_id: moved.client.who.id,
         user: text(&moved.client.who.user),
-        verdict: if moved.outcome.is_ok() { Fate::Moved } else { Fate::Refused },
-        reason: moved.outcome.as_ref().err().cloned().unwrap_or_default(),
+        verdict: match moved.outcome {
+            Moved::Copied => Fate::Moved,
+            Moved::Leaves(_) => Fate::Leaves,
+            Moved::Refused(_) => Fate::Refused,
+        },
+        reason: moved.outcome.why().to_owned(),
         probe_us: micros(moved.probe),
         restore_us: micros(moved.restore),
     }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use bytes::BytesMut;
 use tokio::io::AsyncWriteExt;
 
+use crate::backend::{Asides, Batch};
 use crate::client::Order;
 use crate::frame;
 use crate::message;
@@ -17,7 +18,7 @@ use crate::relay::{Hazard, Overheard, Parsing};
 use crate::report::Report;
 use crate::session::{Farewell, Session};
 use crate::transplant;
-use crate::transplant::{Hints, LockCalls, NotMovable, ParseSettings, Reason, Seen};
+use crate::transplant::{Hints, LockCalls, NotMovable, ParseSettings, Reason, Seen, Snapshot, Survey};
 
 /// How long reading a session may take.
 const PROBE: Duration = Duration::from_millis(700);
@@ -28,15 +29,39 @@ const QUIET: Duration = Duration::from_millis(300);
 /// The longest message kept aside that is looked into.
 const ASIDE_BYTES_MAX: usize = 1 << 20;
 
+/// What a session is made of, as it was last read.
+#[derive(Debug)]
+pub struct Known {
+    survey: Arc<Survey>,
+    snapshot: Arc<Snapshot>,
+    /// Whether the session has said nothing since.
+    silent: bool,
+}
+
+impl Known {
+    /// The session says something.
+    pub(super) fn spoken(&mut self) {
+        self.silent = false;
+    }
+}
+
 impl Session {
     /// Runs the errand that was left, if it still is. Bounded.
     pub(super) async fn run_errand(&mut self) -> Result<(), Farewell> {
         self.client.forget(Order::Errand);
         match self.pool.site.errands.take(self.client.who.id) {
             None => Ok(()),
-            Some(Errand::Probe { database, answer }) => {
+            Some(Errand::Probe { survey, answer }) => {
+                if let Some(known) = self.known.as_ref().filter(|known| known.silent && known.survey == survey) {
+                    // Whoever asked may have given up.
+                    let _ = answer.send(Probed { session: Ok(Arc::clone(&known.snapshot)), took: Duration::ZERO });
+                    return Ok(());
+                }
                 let began = Instant::now();
-                let Some(session) = self.probe(&database).await? else { return Ok(()) };
+                let Some(session) = self.probe(&survey).await? else { return Ok(()) };
+                if let Ok(snapshot) = &session {
+                    self.known = Some(Box::new(Known { survey, snapshot: Arc::clone(snapshot), silent: true }));
+                }
                 // Whoever asked may have given up.
                 let _ = answer.send(Probed { session, took: began.elapsed() });
                 Ok(())
@@ -56,32 +81,39 @@ impl Session {
         kept.pooled.shared.backend != self.pool.site.route.active().backend
     }
 
-    async fn probe(
-        &mut self,
-        database: &[Reason],
-    ) -> Result<Option<Result<transplant::Snapshot, NotMovable>>, Farewell> {
+    async fn probe(&mut self, survey: &Arc<Survey>) -> Result<Option<Result<Arc<Snapshot>, NotMovable>>, Farewell> {
         if self.kept.is_none() {
             return Ok(None);
         }
         if !self.quiet().await? {
             return Ok(Some(Err(NotMovable::from(Reason::InTransaction))));
         }
-        let hints = self.hints(database);
+        let hints = self.hints(survey);
         let Some(kept) = self.kept.as_mut() else { return Ok(None) };
         let deadline = tokio::time::Instant::now() + PROBE;
-        let outcome = Box::pin(transplant::probe(&mut kept.pooled.server, &hints, deadline)).await;
+        let before = self.known.as_ref().map(|known| &*known.snapshot);
+        let outcome = Box::pin(transplant::probe(&mut kept.pooled.server, &hints, before, deadline)).await;
         self.pass_on_asides().await?;
-        outcome.map(Some).map_err(|error| Farewell::ServerGone(error.to_string()))
+        let session = outcome.map_err(|error| Farewell::ServerGone(error.to_string()))?;
+        if let (Ok(snapshot), Some(overheard)) = (&session, self.overheard.as_mut())
+            && !snapshot.holds_locks()
+        {
+            overheard.holds_no_locks();
+        }
+        Ok(Some(session.map(Arc::new)))
     }
 
     /// Takes the successor over. What the former connection still had to say is passed on before it closes.
     async fn adopt(&mut self, successor: Successor) -> Result<(), Farewell> {
-        let Some(next) = successor.into_kept() else { return Ok(()) };
+        self.known = None;
+        let Some(next) = successor.into_kept(self.worker) else { return Ok(()) };
         let quiet = self.quiet().await?;
         if let Some(former) = self.kept.as_mut() {
             let deadline = tokio::time::Instant::now() + PROBE;
             // For what comes aside: notifications sent before the switch. The server may be gone; the session is not.
-            let heard = Box::pin(transplant::probe(&mut former.pooled.server, &Hints::default(), deadline)).await;
+            let mut nothing = Batch::default();
+            nothing.sync();
+            let heard = Box::pin(former.pooled.server.converse(nothing, Asides::All, deadline)).await;
             if let Err(error) = heard {
                 tracing::warn!(client = self.client.who.id, %error, "the former server said nothing more");
             }
@@ -140,25 +172,24 @@ impl Session {
     }
 
     /// What no server can say of this session.
-    fn hints(&self, database: &[Reason]) -> Hints {
+    fn hints(&self, survey: &Arc<Survey>) -> Hints {
         let silent = Overheard::default();
         let overheard = self.overheard.as_deref().unwrap_or(&silent);
         let asked = self.settings.names().filter(|name| name.contains(&b'.'));
         // Names that were heard are all names only where none was made at run time: the prober takes a list for complete.
         let complete =
-            !overheard.hazards().any(|h| h == Hazard::DynamicSetting) && !database.contains(&Reason::DynamicSetting);
+            !overheard.hazards().any(|h| h == Hazard::DynamicSetting) && !survey.forbids(Reason::DynamicSetting);
         let names = overheard.names().chain(asked).filter(|_| complete);
         Hints {
             custom_settings: names.map(Into::into).collect(),
-            database: database.to_vec(),
+            survey: Arc::clone(survey),
             seen: Seen {
                 reasons: overheard.hazards().map(reason).collect(),
                 parse_settings: match overheard.parsing() {
                     Parsing::Nothing | Parsing::Settled => ParseSettings::Unchanged,
                     Parsing::Unsettled => ParseSettings::Changed,
                 },
-                // Calls can't be counted from texts alone: a session that holds a lock stays.
-                lock_calls: LockCalls::Unclear,
+                lock_calls: overheard.lock_calls().map_or(LockCalls::Unclear, LockCalls::Counted),
                 unnamed: overheard.unnamed().map(Into::into),
             },
         }

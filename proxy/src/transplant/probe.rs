@@ -20,7 +20,10 @@ use crate::transplant::LockCalls;
 use crate::transplant::NotMovable;
 use crate::transplant::ParseSettings;
 use crate::transplant::Reason;
+use crate::transplant::Survey;
 use crate::transplant::prepare;
+use crate::transplant::sequences;
+use crate::transplant::sequences::{Heard, Sequences};
 use crate::transplant::snapshot::{Kind, Lock, Mode, Origin, Prepared, Setting, Shape, Snapshot, State, TypeName, Who};
 
 /// Rows of a session's state: 10,000 statements, and all else.
@@ -60,17 +63,6 @@ SELECT t.k, t.a, CASE WHEN t.bytes OPERATOR(pg_catalog.<=) 8388608 THEN t.b END,
     AND l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()
  ) u) t LIMIT 12000";
 
-/// Whether lastval() answers; an error of it would be logged by the server.
-const SEQUENCES_BLOCK: &str = "\
-DO $pgcutover$BEGIN
- PERFORM pg_catalog.lastval();
- PERFORM pg_catalog.set_config('pgcutover.sequences', 'used', true);
-EXCEPTION WHEN SQLSTATE '55000' THEN
- PERFORM pg_catalog.set_config('pgcutover.sequences', 'unused', true);
-END$pgcutover$";
-/// What the block found, in the same transaction.
-const SEQUENCES: &str = "SELECT pg_catalog.current_setting('pgcutover.sequences', true)";
-
 /// $1: OIDs. Columns: oid, schema, name, whether the array over that type is meant.
 const TYPE_NAMES: &str = "\
 SELECT t.oid, n.nspname, coalesce(e.typname, t.typname), (e.oid IS NOT NULL)
@@ -79,26 +71,39 @@ SELECT t.oid, n.nspname, coalesce(e.typname, t.typname), (e.oid IS NOT NULL)
  LEFT JOIN pg_catalog.pg_type e ON e.oid OPERATOR(pg_catalog.=) t.typelem AND e.typarray OPERATOR(pg_catalog.=) t.oid
  JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) coalesce(e.typnamespace, t.typnamespace)";
 
-/// What keeps state where SQL can't see it, or makes names of settings at run time.
+/// What keeps state where SQL can't see it, makes names of settings at run time, or takes locks unheard; all sequences.
 const SURVEY: &str = "\
-SELECT 'extension' FROM pg_catalog.pg_extension WHERE extname::pg_catalog.text OPERATOR(pg_catalog.=) 'dblink'
-UNION ALL SELECT 'extension' FROM pg_catalog.pg_language
+SELECT 'extension', NULL FROM pg_catalog.pg_extension WHERE extname::pg_catalog.text OPERATOR(pg_catalog.=) 'dblink'
+UNION ALL SELECT 'extension', NULL FROM pg_catalog.pg_language
  WHERE lanname::pg_catalog.text OPERATOR(pg_catalog.~) '^(plperl|plpython|pltcl|plv8|plr|pllua|pljava)'
-UNION ALL (SELECT 'dynamic' FROM pg_catalog.pg_proc p
- JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) p.pronamespace
- WHERE n.nspname::pg_catalog.text OPERATOR(pg_catalog.!~) '^(pg_catalog|information_schema|pgcutover)$'
-  AND p.prosrc OPERATOR(pg_catalog.~*) 'set_config\\s*\\(\\s*[^''\\s]|execute[^;]*\\mset\\M' LIMIT 1)";
+UNION ALL SELECT k, NULL FROM (VALUES ('dynamic', 'set_config\\s*\\(\\s*[^''\\s]|execute[^;]*\\mset\\M'),
+  ('locks', 'pg_(try_)?advisory_lock')) v (k, pattern)
+ WHERE EXISTS (SELECT FROM pg_catalog.pg_proc p
+  JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) p.pronamespace
+  WHERE n.nspname::pg_catalog.text OPERATOR(pg_catalog.!~) '^(pg_catalog|information_schema|pgcutover)$'
+   AND p.prosrc OPERATOR(pg_catalog.~*) v.pattern)
+UNION ALL (SELECT 'sequence', c.oid::pg_catalog.text FROM pg_catalog.pg_class c
+ WHERE c.relkind::pg_catalog.text OPERATOR(pg_catalog.=) 'S' AND c.relpersistence::pg_catalog.text OPERATOR(pg_catalog.<>) 't'
+ ORDER BY c.oid LIMIT 5001)";
 
-/// What speaks against moving any session of a database.
-pub(super) async fn survey(server: &mut ServerConnection, deadline: Instant) -> Result<Vec<Reason>, ServerError> {
-    let rows = server.query(SURVEY, &[], deadline).await?;
-    let kind = |row: &Row| {
-        if row.text(0) == Some("dynamic") { Reason::DynamicSetting } else { Reason::Extension }
-    };
-    let mut reasons: Vec<_> = rows.iter().map(kind).collect();
-    reasons.sort_unstable();
-    reasons.dedup();
-    Ok(reasons)
+/// What is so for all sessions of a database.
+pub(super) async fn survey(server: &mut ServerConnection, deadline: Instant) -> Result<Survey, ServerError> {
+    let mut survey = Survey::default();
+    for row in &server.query(SURVEY, &[], deadline).await? {
+        match (row.text(0), row.parse(1)) {
+            (Some("sequence"), Some(oid)) => survey.sequences.push(oid),
+            (Some("dynamic"), _) => survey.reasons.push(Reason::DynamicSetting),
+            (Some("locks"), _) => survey.reasons.push(Reason::AdvisoryLocks),
+            (_, _) => survey.reasons.push(Reason::Extension),
+        }
+    }
+    if survey.sequences.len() > sequences::LEN_MAX {
+        survey.reasons.push(Reason::SequenceState);
+        survey.sequences.clear();
+    }
+    survey.reasons.sort_unstable();
+    survey.reasons.dedup();
+    Ok(survey)
 }
 
 /// Why there is no snapshot.
@@ -126,11 +131,16 @@ impl From<ServerError> for Failure {
 }
 
 /// Reads a session and judges it.
-pub(super) async fn read(server: &mut ServerConnection, hints: &Hints, deadline: Instant) -> Result<Snapshot, Failure> {
+pub(super) async fn read(
+    server: &mut ServerConnection,
+    hints: &Hints,
+    before: Option<&Snapshot>,
+    deadline: Instant,
+) -> Result<Snapshot, Failure> {
     if server.rest != Rest::Idle {
         return Err(Reason::InTransaction.into());
     }
-    let found = look(server, hints, deadline).await;
+    let found = look(server, hints, before, deadline).await;
     if matches!(found, Err(Failure::Stays(_))) {
         let mut tidy = Batch::default();
         tidy.tidy();
@@ -139,23 +149,31 @@ pub(super) async fn read(server: &mut ServerConnection, hints: &Hints, deadline:
     found
 }
 
-async fn look(server: &mut ServerConnection, hints: &Hints, deadline: Instant) -> Result<Snapshot, Failure> {
+async fn look(
+    server: &mut ServerConnection,
+    hints: &Hints,
+    before: Option<&Snapshot>,
+    deadline: Instant,
+) -> Result<Snapshot, Failure> {
     let mut batch = Batch::default();
     // The block first: it loads PL/pgSQL, whose settings show from then on, and two probes shall see the same.
-    batch.run(SEQUENCES_BLOCK, [&[][..]]);
-    batch.run(SEQUENCES, [&[][..]]);
-    batch.sync();
+    let asked = sequences::ask(&mut batch, &hints.survey.sequences);
     ask_state(&mut batch, &hints.custom_settings)?;
     batch.describe(b"");
     batch.sync();
     let mut answers = server.converse(batch, Asides::All, deadline).await?.into_iter();
+    let sequences = Sequences::new(&asked, &mut answers);
     let mut next = || answers.next().unwrap_or_default();
-    let sequences = next().accepted()?;
     let found = Found::new(next().accepted()?)?;
     let mut reasons = found.objections(hints);
-    if sequences.rows.first().and_then(|row| row.text(0)) != Some("unused") {
-        reasons.push(Reason::SequenceState);
-    }
+    let sequences = match sequences {
+        Ok(sequences) => sequences,
+        Err(Heard::Server(error)) => return Err(error.into()),
+        Err(Heard::Stays(reason)) => {
+            reasons.push(reason);
+            Sequences::default()
+        }
+    };
     let unnamed = next().accepted().ok().and_then(|answer| answer.described.into_iter().next());
     if unnamed.is_some() && hints.seen.unnamed.is_none() {
         reasons.push(Reason::UnnamedStatement);
@@ -176,8 +194,11 @@ async fn look(server: &mut ServerConnection, hints: &Hints, deadline: Instant) -
     if let (Some(_), Some(text)) = (unnamed, &hints.seen.unnamed) {
         texts.push(Text { name: Box::default(), text: text.clone(), origin: Origin::Protocol });
     }
-    let statements = with_shapes(server, texts, deadline).await?;
-    Ok(Snapshot { state: found.state, statements })
+    let statements = match before.filter(|before| are_those(&texts, &before.statements)) {
+        Some(before) => before.statements.clone(),
+        None => with_shapes(server, texts, deadline).await?,
+    };
+    Ok(Snapshot { state: found.state, sequences, statements })
 }
 
 /// Asks for everything but the statements' shapes: one answer.
@@ -262,7 +283,10 @@ impl Found {
     }
 
     fn objections(&self, hints: &Hints) -> Vec<Reason> {
-        let mut reasons = [self.reasons.as_slice(), &hints.database, &hints.seen.reasons].concat();
+        // Of the database it speaks against those only that hold one.
+        let mut reasons = [self.reasons.as_slice(), &hints.survey.reasons, &hints.seen.reasons].concat();
+        let unheard = hints.survey.forbids(Reason::AdvisoryLocks);
+        reasons.retain(|reason| *reason != Reason::AdvisoryLocks);
         if !hints.custom_settings.is_empty() {
             // Whoever names them answers for the list.
             reasons.retain(|reason| *reason != Reason::DynamicSetting);
@@ -270,7 +294,7 @@ impl Found {
         // A lock that is held twice shows once: each has to have its call, and each call its lock.
         let held = self.state.locks.len();
         let sure = match hints.seen.lock_calls {
-            LockCalls::Counted(calls) => usize::try_from(calls) == Ok(held),
+            LockCalls::Counted(calls) => usize::try_from(calls) == Ok(held) && !unheard,
             LockCalls::Unclear => false,
         };
         if held > 0 && !sure {
@@ -294,6 +318,14 @@ fn lock(row: &Row) -> Option<Lock> {
         _ => return None,
     };
     Some(Lock { key, mode })
+}
+
+/// Whether these are the statements that were described before.
+fn are_those(texts: &[Text], before: &[Prepared]) -> bool {
+    let same = |(text, known): (&Text, &Prepared)| {
+        text.name == known.name && text.text == known.text && text.origin == known.origin
+    };
+    texts.len() == before.len() && texts.iter().zip(before).all(same)
 }
 
 async fn with_shapes(

@@ -17,8 +17,10 @@ pub enum Reason {
     TemporaryObjects,
     /// A cursor WITH HOLD.
     HeldCursor,
-    /// currval or lastval would answer.
+    /// currval or lastval would answer, and can't be made to there.
     SequenceState,
+    /// A sequence was used that hands values out in advance.
+    SequenceCache,
     /// SET SESSION AUTHORIZATION.
     SessionAuthorization,
     /// LOAD.
@@ -76,7 +78,8 @@ impl Reason {
             Self::TooLarge => ("too_large", "too many or too long statements, settings, channels or locks"),
             Self::TemporaryObjects => ("temporary_objects", "temporary objects exist"),
             Self::HeldCursor => ("held_cursor", "a cursor WITH HOLD is open"),
-            Self::SequenceState => ("sequence_state", "currval or lastval is defined"),
+            Self::SequenceState => ("sequence_state", "currval or lastval is defined and can't be restored"),
+            Self::SequenceCache => ("sequence_cache", "a sequence with CACHE was used"),
             Self::SessionAuthorization => ("session_authorization", "SET SESSION AUTHORIZATION was used"),
             Self::Load => ("load", "a library was loaded by LOAD"),
             Self::FunctionCall => ("function_call", "a function was called by its OID"),

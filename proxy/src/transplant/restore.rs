@@ -14,10 +14,23 @@ use crate::backend::ServerConnection;
 use crate::backend::ServerError;
 use crate::transplant::Reason;
 use crate::transplant::RestoreError;
+use crate::transplant::Ticket;
 use crate::transplant::probe::{self, Failure, Found};
 use crate::transplant::snapshot::{Kind, Lock, Mode, Origin, Prepared, Snapshot, TypeName};
 
+const ENCODING: &[u8] = b"client_encoding";
+
 const SET: &str = "SELECT pg_catalog.set_config($1, $2, false)";
+
+/// $1, $2: names and values that the old server has by its own choice: where the new one has chosen otherwise (newer
+/// versions have other defaults, extra_float_digits among them) the session keeps what it had.
+const PIN: &str = "\
+SELECT pg_catalog.count(pg_catalog.set_config(s.name, w.v, false))
+ FROM ROWS FROM (pg_catalog.unnest($1::pg_catalog.text[]), pg_catalog.unnest($2::pg_catalog.text[])) w (n, v)
+ JOIN pg_catalog.pg_show_all_settings() s ON s.name OPERATOR(pg_catalog.=) w.n
+ WHERE s.context OPERATOR(pg_catalog.=) 'user' AND s.setting OPERATOR(pg_catalog.<>) w.v
+  AND s.source OPERATOR(pg_catalog.=) ANY
+   ('{default,environment variable,configuration file,command line,override}'::pg_catalog.text[])";
 
 /// $1: schema, $2: name, $3: whether the array over it is meant. One row, or none.
 const TYPE_OID: &str = "\
@@ -32,20 +45,49 @@ const STATEMENTS_AT_ONCE: usize = 100;
 pub(super) async fn write(
     server: &mut ServerConnection,
     snapshot: &Snapshot,
+    tickets: &[Ticket],
     deadline: Instant,
 ) -> Result<(), RestoreError> {
-    let types = say_state(server, snapshot, deadline).await?;
+    let types = say_state(server, snapshot, tickets, deadline).await?;
     say_statements(server, &snapshot.statements, &types, deadline).await?;
     compare(server, snapshot, deadline).await
 }
 
-/// Settings, role, channels, locks; gives the OIDs of the statements' types.
+/// Uses the sequences of a copy that is complete but for them, and compares those.
+pub(super) async fn touch_up(
+    server: &mut ServerConnection,
+    snapshot: &Snapshot,
+    tickets: &[Ticket],
+    deadline: Instant,
+) -> Result<(), RestoreError> {
+    let mut batch = Batch::default();
+    snapshot.sequences.say(&mut batch, tickets);
+    let said = batch.answers();
+    snapshot.sequences.ask_again(&mut batch);
+    let mut answers = server.converse(batch, Asides::Notifications, deadline).await?;
+    let asked = answers.split_off(said.min(answers.len()));
+    accepted(answers)?;
+    snapshot.sequences.check(&mut asked.into_iter())
+}
+
+/// Settings, role, channels, sequences, locks; gives the OIDs of the statements' types.
 async fn say_state<'a>(
     server: &mut ServerConnection,
     snapshot: &'a Snapshot,
+    tickets: &[Ticket],
     deadline: Instant,
 ) -> Result<HashMap<&'a TypeName, u32>, RestoreError> {
     let mut batch = Batch::default();
+    say_encoding(&mut batch, snapshot);
+    // Before settings that could make the session read-only or impatient, and as the role that has used them.
+    let role = &snapshot.state.who.role;
+    if !snapshot.sequences.is_empty() && **role != *b"none" {
+        say_role(&mut batch, role);
+        snapshot.sequences.say(&mut batch, tickets);
+        say_role(&mut batch, b"none");
+    } else {
+        snapshot.sequences.say(&mut batch, tickets);
+    }
     say_settings(&mut batch, snapshot);
     let listen: Vec<u8> = snapshot.state.channels.iter().flat_map(|name| listen(name)).collect();
     if !listen.is_empty() {
@@ -73,24 +115,55 @@ async fn say_state<'a>(
     wanted.into_iter().zip(&found).map(oid).collect()
 }
 
-fn say_settings(batch: &mut Batch, snapshot: &Snapshot) {
-    let builtin = snapshot.state.settings.iter().filter(|setting| setting.has_to_be_set());
-    let (encoding, others): (Vec<_>, Vec<_>) =
-        builtin.map(|setting| [&*setting.name, &*setting.value]).partition(|[name, _]| *name == b"client_encoding");
-    // The encoding first and for itself: all that follows is sent in it.
-    if !encoding.is_empty() {
-        batch.run(SET, encoding.iter().map(|pair| &pair[..]));
+/// For itself: all that follows is sent in it.
+fn say_encoding(batch: &mut Batch, snapshot: &Snapshot) {
+    let mut set = snapshot.state.settings.iter().filter(|setting| setting.has_to_be_set());
+    if let Some(encoding) = set.find(|setting| *setting.name == *ENCODING) {
+        batch.run(SET, [&[&encoding.name[..], &encoding.value][..]]);
         batch.sync();
     }
+}
+
+fn say_role(batch: &mut Batch, role: &[u8]) {
+    batch.run(SET, [&[&b"role"[..], role][..]]);
+    batch.sync();
+}
+
+fn say_settings(batch: &mut Batch, snapshot: &Snapshot) {
+    let set = snapshot.state.settings.iter().filter(|setting| setting.has_to_be_set() && *setting.name != *ENCODING);
+    let others = set.map(|setting| [&*setting.name, &*setting.value]);
+    let [names, values] = pins(snapshot);
+    batch.run(PIN, [&[names.as_bytes(), values.as_bytes()][..]]);
+    batch.sync();
     let custom = snapshot.state.custom.iter().filter_map(|(name, value)| Some([&**name, value.as_deref()?]));
     let who = &snapshot.state.who;
     // The role last: it may not have the right to the others.
     let role = (*who.role != *b"none").then_some([&b"role"[..], &who.role]);
-    let pairs: Vec<_> = others.into_iter().chain(custom).chain(role).collect();
+    let pairs: Vec<_> = others.chain(custom).chain(role).collect();
     if !pairs.is_empty() {
         batch.run(SET, pairs.iter().map(|pair| &pair[..]));
         batch.sync();
     }
+}
+
+/// Names and values of what the old server chose and a session may set, as arrays.
+fn pins(snapshot: &Snapshot) -> [String; 2] {
+    let (mut names, mut values) = (Vec::new(), Vec::new());
+    for setting in snapshot.state.settings.iter().filter(|setting| setting.may_be_pinned()) {
+        // In another encoding a byte could mean a quote.
+        if let (true, Ok(name), Ok(value)) =
+            (setting.value.is_ascii(), str::from_utf8(&setting.name), str::from_utf8(&setting.value))
+        {
+            names.push(element(name));
+            values.push(element(value));
+        }
+    }
+    [names, values].map(|elements| format!("{{{}}}", elements.join(",")))
+}
+
+/// An array's element, quoted.
+fn element(text: &str) -> String {
+    format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
 }
 
 fn say_lock(batch: &mut Batch, lock: &Lock) {
@@ -161,8 +234,10 @@ async fn compare(server: &mut ServerConnection, snapshot: &Snapshot, deadline: I
     let names: Vec<_> = snapshot.state.custom.iter().map(|(name, _)| name.clone()).collect();
     let mut batch = Batch::default();
     probe::ask_state(&mut batch, &names).map_err(Failure::from)?;
-    let answers = accepted(server.converse(batch, Asides::Notifications, deadline).await?)?;
-    let found = Found::new(answers.into_iter().next().unwrap_or_default()).map_err(Failure::from)?;
+    snapshot.sequences.ask_again(&mut batch);
+    let mut answers = server.converse(batch, Asides::Notifications, deadline).await?.into_iter();
+    let found = Found::new(answers.next().unwrap_or_default().accepted()?).map_err(Failure::from)?;
+    snapshot.sequences.check(&mut answers)?;
     match snapshot.state.difference(&found.state) {
         None => Ok(()),
         Some((reason, detail)) => Err(RestoreError::Differs { reason, detail }),

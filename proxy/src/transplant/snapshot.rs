@@ -3,13 +3,42 @@
 //! Invariant: pure data; texts are bytes in the session's client_encoding; all of it is bounded by the probe.
 
 use crate::transplant::Reason;
+use crate::transplant::sequences::{Seat, Sequences};
 
 /// A session between two transactions.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Snapshot {
     pub(super) state: State,
+    pub(super) sequences: Sequences,
     /// In the order of the server's list, statements of SQL first, the unnamed one last.
     pub(super) statements: Vec<Prepared>,
+}
+
+impl Snapshot {
+    /// Whether it holds a session advisory lock.
+    #[must_use]
+    pub fn holds_locks(&self) -> bool {
+        !self.state.locks.is_empty()
+    }
+
+    /// Whether only sequences tell them apart, if anything does.
+    #[must_use]
+    pub fn differs_in_sequences_only(&self, other: &Snapshot) -> bool {
+        self.state == other.state && self.statements == other.statements
+    }
+
+    /// Without what the session knows of sequences.
+    #[must_use]
+    pub fn without_sequences(&self) -> Snapshot {
+        Snapshot { sequences: Sequences::default(), ..self.clone() }
+    }
+
+    /// Sequences that the session may not set itself: each needs a ticket on the new server. `None`: some has a name that
+    /// can't be said in another encoding.
+    #[must_use]
+    pub fn seats(&self) -> Option<Vec<Seat>> {
+        self.sequences.seats()
+    }
 }
 
 /// What a session is made of besides its statements.
@@ -153,6 +182,15 @@ impl Setting {
     /// Whether statements prepared before it was set would mean something else now.
     pub(super) fn is_parsed_under(&self) -> bool {
         self.is_of_session() && PARSED_UNDER.contains(&&*self.name)
+    }
+
+    /// Whether it is the server's own choice, would be missed, and can be set for a session.
+    pub(super) fn may_be_pinned(&self) -> bool {
+        let odd: [&[u8]; 3] = [b"client_encoding", b"role", b"session_authorization"];
+        self.is_servers_own()
+            && !self.may_differ()
+            && !OF_A_TRANSACTION.contains(&&*self.name)
+            && !odd.contains(&&*self.name)
     }
 
     fn is_servers_own(&self) -> bool {

@@ -65,3 +65,7 @@ mod transplant;
 mod transplant_core;
 #[cfg(test)]
 mod drivers;
+#[cfg(test)]
+mod transplant_random;
+#[cfg(test)]
+mod transplant_many;

@@ -119,6 +119,9 @@ const FAULTS: &[Fault] = &[
         "ALTER PUBLICATION app_pub DROP TABLE clash; DROP TABLE clash";
         target "CREATE TABLE clash (a int PRIMARY KEY); INSERT INTO clash VALUES (1); ALTER SUBSCRIPTION app_sub REFRESH PUBLICATION",
         "TRUNCATE clash"),
+    fault!(Yellow "server_bound" "whoami()";
+        source "CREATE FUNCTION whoami() RETURNS int LANGUAGE sql AS 'SELECT pg_backend_pid()'", "DROP FUNCTION whoami()";
+        target "", ""),
     fault!(Red "publication" "public.unpublished";
         source "CREATE TABLE unpublished (a int PRIMARY KEY); ALTER TABLE unpublished OWNER TO app_owner", "DROP TABLE unpublished";
         target "", ""),

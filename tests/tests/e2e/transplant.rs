@@ -19,7 +19,16 @@ const TRANSPLANT: &str = "TRANSPLANT app TO green WITH (force)";
 const TO_GREEN: &str = "SWITCH app TO green WITH (force)";
 
 async fn stand() -> Stand {
-    let stand = Stand::start(&[13, 17], |options, _| session_pooled(options, APP)).await;
+    stand_with("refuse").await
+}
+
+async fn stand_with(policy: &str) -> Stand {
+    let stand = Stand::start(&[13, 17], |options, _| {
+        session_pooled(options, APP);
+        options.setting("default_pool_size", 60);
+        options.database("app").insert("session_policy".to_owned(), policy.into());
+    })
+    .await;
     for server in &stand.servers {
         let setup = "CREATE ROLE worker; GRANT worker TO app; CREATE TABLE IF NOT EXISTS words (n int, word text)";
         server
@@ -32,6 +41,12 @@ async fn stand() -> Stand {
     }
     stand
 }
+
+/// Draws from two sequences, one of them an identity column's.
+const INSERT: &str = "INSERT INTO ledger (client, n, aid, delta) VALUES ($1, 1, 1, 0)";
+
+/// What a session knows of the sequences that it has used.
+const DRAWN: &str = "SELECT concat_ws(' ', lastval(), currval('ticket'), currval('ledger_id_seq'))";
 
 /// A client, and what notifications it gets.
 async fn listener(port: u16) -> (tokio_postgres::Client, UnboundedReceiver<String>) {
@@ -194,7 +209,10 @@ async fn a_session_goes_through_a_whole_cutover() {
     for n in 0..6 {
         let (client, heard) = listener(stage.proxies[n % 2].port()).await;
         let statement = furnish(&client).await;
-        sessions.push((client, statement, heard));
+        // Its role may use the sequences, and not set them.
+        client.execute(INSERT, &[&i32::try_from(n).unwrap()]).await.unwrap();
+        let drawn: String = client.query_one(DRAWN, &[]).await.unwrap().get(0);
+        sessions.push((client, statement, heard, drawn));
     }
     let source = stage.pair.source.superuser("app").await.unwrap();
     source.run("NOTIFY news, 'from the old'").await.unwrap();
@@ -202,14 +220,19 @@ async fn a_session_goes_through_a_whole_cutover() {
     assert_eq!(finished.code, Some(0), "{}", finished.story());
     let target = stage.pair.target.superuser("app").await.unwrap();
     target.run("NOTIFY news, 'from the new'").await.unwrap();
-    for (client, statement, heard) in &mut sessions {
+    for (client, statement, heard, drawn) in &mut sessions {
         is_furnished(client, statement, i64::from(stage.pair.target.port())).await;
+        assert_eq!(client.query_one(DRAWN, &[]).await.unwrap().get::<_, &str>(0), drawn);
+        // A number that was drawn before would not be unique.
+        client.execute(INSERT, &[&99_i32]).await.unwrap();
         assert_eq!(heard.recv().await.unwrap(), "from the old");
         assert_eq!(heard.recv().await.unwrap(), "from the new");
     }
     let report = finished.json().unwrap();
     let steps = report["steps"].as_array().unwrap();
     assert!(steps.iter().any(|step| step["name"] == "transplanted"), "{report}");
+    let journal = std::fs::read_to_string(report["journal"].as_str().unwrap()).unwrap();
+    assert!(journal.contains("\"sessions_moved\":6"), "{journal}");
 }
 
 /// A proxy that nobody tells of the decision reads it, and gives its sessions the copies that it has.
@@ -231,4 +254,189 @@ async fn a_proxy_that_follows_takes_its_sessions_along() {
     stand.servers[1].superuser("app").await.unwrap().run("NOTIFY news, 'from the new'").await.unwrap();
     is_furnished(&client, &statement, stand.port(1)).await;
     assert_eq!(heard.recv().await.unwrap(), "from the new");
+}
+
+/// Whoever can't move is let go where the operator has said so, but not before all else is done.
+#[tokio::test]
+async fn a_session_that_may_be_let_go_goes_with_the_switch_and_not_before() {
+    let stand = stand_with("disconnect").await;
+    let (stuck, moving) = (stand.client().await, stand.client().await);
+    stuck.run("CREATE TEMP TABLE mine (n int)").await.unwrap();
+    moving.run("SET work_mem = '7MB'").await.unwrap();
+    stand.ask("PREPARE SWITCH app TO green").await;
+    let verdicts = async || {
+        let mut rows: Vec<_> = stand.ask("SHOW SESSIONS").await;
+        rows.retain(|row| row.get("user") == Some(APP));
+        let mut verdicts: Vec<_> = rows.iter().map(|row| row.get("verdict").unwrap().to_owned()).collect();
+        verdicts.sort();
+        verdicts
+    };
+    assert_eq!(verdicts().await, ["leaves", "moves"]);
+    for switches in [false, true] {
+        stand.ask("PAUSE app WITH (drain '1s', lease '9s')").await;
+        let mut moved = transplant(&stand).await;
+        moved.sort();
+        assert_eq!((moved[0].0.as_str(), moved[1].0.as_str()), ("leaves", "moved"));
+        assert!(moved[0].1.contains("temporary objects"), "{moved:?}");
+        if switches {
+            stand.ask(TO_GREEN).await;
+        }
+        stand.ask("RESUME app").await;
+        if !switches {
+            stuck.run("INSERT INTO mine VALUES (1)").await.unwrap();
+        }
+    }
+    let error = stuck.simple_query("SELECT 1").await.unwrap_err();
+    assert!(error.is_closed() || error.code().is_some_and(|code| code.code() == "57P01"), "{error}");
+    assert_eq!(moving.number(WHERE).await.unwrap(), stand.port(1));
+    assert_eq!(moving.text("SHOW work_mem").await.unwrap().unwrap(), "7MB");
+}
+
+/// A restore that fails on one of many leaves all of them where they were, with all that they had.
+#[tokio::test]
+async fn a_restore_that_fails_on_one_of_many_leaves_all_working() {
+    let stand = stand().await;
+    let green = stand.servers[1].superuser("app").await.unwrap();
+    let mut clients = Vec::new();
+    for n in 0..40_i64 {
+        let client = stand.client().await;
+        client.query("SELECT pg_advisory_lock($1)", &[&n]).await.unwrap();
+        client.run(&format!("PREPARE mine AS SELECT {n}")).await.unwrap();
+        client.run(&format!("SET my.n = '{n}'")).await.unwrap();
+        clients.push(client);
+    }
+    stand.ask("PREPARE SWITCH app TO green WITH (connections 2)").await;
+    green.run("SELECT pg_advisory_lock(39)").await.unwrap();
+    stand.ask("PAUSE app WITH (drain '1s', lease '9s')").await;
+    let verdicts = transplant(&stand).await;
+    assert!(verdicts.iter().all(|(verdict, _)| verdict == "refused"), "{verdicts:?}");
+    assert_eq!(verdicts.iter().filter(|(_, reason)| reason.contains("an advisory lock is taken")).count(), 1);
+    stand.ask("RESUME app").await;
+    let holds = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()";
+    for (n, client) in clients.iter().enumerate() {
+        assert_eq!(client.number(WHERE).await.unwrap(), stand.port(0));
+        assert_eq!(client.number("EXECUTE mine").await.unwrap(), i64::try_from(n).unwrap());
+        assert_eq!(client.text("SHOW my.n").await.unwrap().unwrap(), n.to_string());
+        assert_eq!(client.number(holds).await.unwrap(), 1);
+    }
+    green.run("SELECT pg_advisory_unlock(39)").await.unwrap();
+    stand.ask("PAUSE app WITH (drain '1s', lease '9s')").await;
+    assert!(transplant(&stand).await.iter().all(|(verdict, _)| verdict == "moved"));
+    stand.ask(TO_GREEN).await;
+    stand.ask("RESUME app").await;
+    for client in &clients {
+        assert_eq!(client.number(WHERE).await.unwrap(), stand.port(1));
+        assert_eq!(client.number(holds).await.unwrap(), 1);
+        assert_eq!(client.number(&holds.replace("pid =", "pid <>")).await.unwrap(), 39);
+    }
+}
+
+/// Everything that looks movable and is not.
+#[tokio::test]
+async fn what_only_the_wire_has_seen_is_a_reason_to_stay() {
+    let stand = stand().await;
+    let cases = [
+        ("SELECT pg_advisory_lock(1), pg_advisory_lock(1)", "advisory locks"),
+        ("SELECT pg_advisory_lock(2); SELECT pg_advisory_lock('accounts'::regclass::bigint)", "advisory locks"),
+        ("DO $$BEGIN PERFORM pg_advisory_lock(3); END$$", "advisory locks"),
+        ("SELECT setseed(0.5)", "setseed"),
+        ("SELECT set_config('my.' || 'x', '1', false)", "made at run time"),
+        ("SELECT 1; PREPARE second AS SELECT 2", "together with other statements"),
+        ("PREPARE p AS SELECT '1 Jan 2020'::date; SET DateStyle = 'German'", "parsed under"),
+        ("BEGIN; DECLARE c CURSOR WITH HOLD FOR SELECT 1; COMMIT", "cursor WITH HOLD"),
+        ("SET SESSION AUTHORIZATION DEFAULT", "SESSION AUTHORIZATION"),
+        ("CREATE TEMP VIEW v AS SELECT 1", "temporary objects"),
+    ];
+    let mut clients = Vec::new();
+    for (sql, _) in cases {
+        let client = stand.client().await;
+        client.simple_query(sql).await.unwrap();
+        client.run(&format!("SET application_name = '{}'", clients.len())).await.unwrap();
+        clients.push(client);
+    }
+    stand.ask("PREPARE SWITCH app TO green").await;
+    let sessions = stand.ask("SHOW SESSIONS").await;
+    for (n, (sql, reason)) in cases.iter().enumerate() {
+        let name = n.to_string();
+        let row = sessions.iter().find(|row| row.get("application_name") == Some(&name)).unwrap();
+        assert_eq!((row.get("movable"), row.get("verdict")), (Some("no"), Some("refuses")), "{sql}");
+        assert!(row.get("reason").unwrap().contains(reason), "{sql}: {:?}", row.get("reason"));
+    }
+}
+
+async fn notify(server: &Client, note: &str, sent: &mut Vec<String>) {
+    for n in 0..50 {
+        server.run(&format!("NOTIFY news, '{note} {n}'")).await.unwrap();
+        sent.push(format!("{note} {n}"));
+    }
+}
+
+/// Every notification arrives, once and in order: those of the old server first.
+#[tokio::test]
+async fn no_notification_is_lost_across_a_switch() {
+    let stand = stand().await;
+    let (client, mut heard) = listener(stand.proxy.port()).await;
+    client.batch_execute("LISTEN news").await.unwrap();
+    let [blue, green] = [0, 1].map(|server| stand.servers[server].superuser("app"));
+    let (blue, green) = (blue.await.unwrap(), green.await.unwrap());
+    let mut sent = Vec::new();
+    notify(&blue, "at rest", &mut sent).await;
+    stand.ask("PREPARE SWITCH app TO green").await;
+    notify(&blue, "looked at", &mut sent).await;
+    stand.ask("PAUSE app WITH (drain '1s', lease '9s')").await;
+    notify(&blue, "paused", &mut sent).await;
+    assert_eq!(transplant(&stand).await.len(), 1);
+    notify(&blue, "transplanted", &mut sent).await;
+    // Nobody writes there yet in a cutover; it is kept all the same, behind what the old server still has to say.
+    notify(&green, "early", &mut sent).await;
+    assert_eq!(transplant(&stand).await, [("moved".to_owned(), String::new())]);
+    notify(&blue, "the last", &mut sent).await;
+    let early: Vec<String> = sent.extract_if(.., |note| note.starts_with("early")).collect();
+    sent.extend(early);
+    stand.ask(TO_GREEN).await;
+    notify(&green, "switched", &mut sent).await;
+    stand.ask("RESUME app").await;
+    notify(&green, "resumed", &mut sent).await;
+    let mut got = Vec::new();
+    while got.len() < sent.len() {
+        got.push(tokio::time::timeout(LIMIT, heard.recv()).await.expect("a notification is missing").unwrap());
+    }
+    assert_eq!(got, sent);
+    assert_eq!(client.query_one("SELECT 1", &[]).await.unwrap().get::<_, i32>(0), 1);
+    assert!(heard.try_recv().is_err(), "nothing twice");
+}
+
+/// What can't move is named before anybody is held; what may be waited for is.
+#[tokio::test]
+async fn proxyctl_names_what_cannot_move_and_waits_for_what_may() {
+    let pair = Pair::start(&Binaries::of(&[13, 17]).unwrap(), &PairOptions::new(13, 17)).await.unwrap();
+    let mut stage = Stage::with(pair, 1, |options| session_pooled(options, APP)).await.unwrap();
+    let patient = [("stall", "10s"), ("drain", "5s"), ("lease", "6s")];
+    let patient = patient.map(|(key, value)| (key.to_owned(), Value::from(value)));
+    stage.control.config.insert("budgets".to_owned(), Value::Table(Table::from_iter(patient)));
+    let stuck = stage.proxies[0].connect(APP).await.unwrap();
+    stuck.run("SET application_name = 'reports'; CREATE TEMP TABLE mine (n int)").await.unwrap();
+    let sessions = stage.control.run(&["sessions", "--look"], LIMIT).await.unwrap();
+    let listed = &sessions.json().unwrap()["sessions"];
+    assert_eq!((sessions.code, listed.as_array().unwrap().len()), (Some(0), 1), "{}", sessions.story());
+    let line = &listed[0];
+    assert_eq!((&line["verdict"], &line["user"]), (&"refuses".into(), &APP.into()));
+    assert_eq!((&line["application_name"], &line["reason"]), (&"reports".into(), &"temporary objects exist".into()));
+    let refused = stage.control.run(&["cutover"], LIMIT * 2).await.unwrap();
+    assert_eq!(refused.code, Some(3), "{}", refused.story());
+    assert!(refused.stdout.contains("reports") && refused.stdout.contains("temporary objects"), "{}", refused.story());
+    stage.proxies[0].options().database("app").insert("session_policy".to_owned(), "wait".into());
+    stage.proxies[0].write().unwrap();
+    stage.proxies[0].admin().await.unwrap().run("RELOAD").await.unwrap();
+    let running = stage.control.spawn(&["cutover"]).unwrap();
+    let admin = stage.proxies[0].admin().await.unwrap();
+    let waits = async || {
+        let rows = admin.rows("SHOW SESSIONS").await.unwrap();
+        rows.iter().any(|row| row.get("verdict") == Some("waits"))
+    };
+    eventually("it is waited for", waits).await;
+    stuck.run("DROP TABLE mine").await.unwrap();
+    let finished = running.wait(LIMIT * 2).await.unwrap();
+    assert_eq!(finished.code, Some(0), "{}", finished.story());
+    assert_eq!(stuck.number(WHERE).await.unwrap(), i64::from(stage.pair.target.port()));
 }

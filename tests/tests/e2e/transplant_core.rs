@@ -2,23 +2,28 @@
 //!
 //! Invariant: no proxy: the parts against real servers, in both directions.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
 use e2e::binaries::Binaries;
 use e2e::cluster::{Cluster, ClusterOptions};
-use pgcutover::backend::{self, Address, Asides, Batch, Cleartext, Login, Secret, ServerConnection, ServerError};
+use pgcutover::backend::{self, Address, Asides, Batch, Cleartext, Login, Secret, ServerConnection};
 use pgcutover::message::Protocol;
 use pgcutover::tls::Connector;
-use pgcutover::transplant::{self, Hints, LockCalls, ParseSettings, Reason, RestoreError, Seen, Snapshot};
+use pgcutover::transplant::{self, Hints, LockCalls, ParseSettings, Reason, RestoreError, Seen, Snapshot, Survey};
 use tokio::time::Instant;
 
 /// The same objects on both servers, made in another order, so that OIDs differ.
 const OBJECTS: [&str; 2] = [
     "CREATE TYPE mood AS ENUM ('ok', 'bad'); CREATE TABLE things (id bigint, mood mood, note varchar(7)); \
-     CREATE ROLE owner; CREATE SEQUENCE counter; CREATE SCHEMA \"it's\"",
-    "CREATE SCHEMA \"it's\"; CREATE SEQUENCE counter; CREATE TYPE unlike AS (n int); CREATE ROLE owner; \
-     CREATE TYPE mood AS ENUM ('ok', 'bad'); CREATE TABLE things (id bigint, mood mood, note varchar(7))",
+     CREATE ROLE owner; CREATE SEQUENCE counter; CREATE SCHEMA \"it's\"; CREATE SEQUENCE \"it's\".\"o.dd\" INCREMENT -3; \
+     CREATE SEQUENCE only_set; CREATE SEQUENCE ahead CACHE 20; GRANT ALL ON ALL SEQUENCES IN SCHEMA public, \"it's\" TO owner; \
+     GRANT USAGE ON SCHEMA \"it's\" TO owner",
+    "CREATE SCHEMA \"it's\"; CREATE SEQUENCE \"it's\".\"o.dd\" INCREMENT -3; CREATE SEQUENCE only_set; CREATE SEQUENCE counter; \
+     CREATE SEQUENCE ahead CACHE 20; CREATE TYPE unlike AS (n int); CREATE ROLE owner; \
+     CREATE TYPE mood AS ENUM ('ok', 'bad'); CREATE TABLE things (id bigint, mood mood, note varchar(7)); \
+     GRANT ALL ON ALL SEQUENCES IN SCHEMA public, \"it's\" TO owner; GRANT USAGE ON SCHEMA \"it's\" TO owner",
 ];
 
 fn soon() -> Instant {
@@ -72,7 +77,7 @@ async fn parse(server: &mut ServerConnection, statements: &[(String, &str)]) {
 }
 
 async fn probed(server: &mut ServerConnection, hints: &Hints) -> Result<Snapshot, Vec<Reason>> {
-    transplant::probe(server, hints, soon()).await.unwrap().map_err(|why| why.reasons)
+    transplant::probe(server, hints, None, soon()).await.unwrap().map_err(|why| why.reasons)
 }
 
 fn hints() -> Hints {
@@ -89,6 +94,8 @@ async fn furnish(server: &mut ServerConnection) {
         "SELECT set_config('myapp.tenant', E'a''\"\\\\\\nb{,}\\u00e9', false)",
         "PREPARE by_sql(mood) AS SELECT id, note FROM things WHERE mood = $1;",
         "LISTEN \"Ch \"\"2\"; LISTEN plain",
+        "SELECT nextval('\"it''s\".\"o.dd\"'), nextval('counter'), nextval('counter'), setval('only_set', 77)",
+        "SET default_transaction_read_only = on; SET default_transaction_isolation = 'serializable'",
         "SELECT pg_advisory_lock(-5), pg_advisory_lock_shared(1 << 40), pg_advisory_lock(-1, 2)",
         "SELECT pg_advisory_lock_shared(3, -4)",
         "SET ROLE owner",
@@ -114,12 +121,15 @@ async fn moves(majors: [u32; 2]) {
     grant(&clusters).await;
     let (mut old, mut new) = (session(&clusters[0]).await, session(&clusters[1]).await);
     furnish(&mut old).await;
+    let survey = Arc::new(transplant::survey(&mut session(&clusters[0]).await, soon()).await.unwrap());
+    let hints = || Hints { survey: Arc::clone(&survey), ..hints() };
     let snapshot = probed(&mut old, &hints()).await.unwrap();
     // The probe has left the unnamed statement alive, so a second one finds the same.
     assert_eq!(probed(&mut old, &hints()).await.unwrap(), snapshot);
-    transplant::restore(&mut new, &snapshot, soon()).await.unwrap();
+    transplant::restore(&mut new, &snapshot, &[], soon()).await.unwrap();
     // The unnamed statement has moved too: without its text the new session would have to stay where it is.
-    let untold = Hints { seen: Seen { unnamed: None, ..hints().seen }, ..hints() };
+    let there = Arc::new(transplant::survey(&mut session(&clusters[1]).await, soon()).await.unwrap());
+    let untold = Hints { survey: there, seen: Seen { unnamed: None, ..hints().seen }, ..hints() };
     assert_eq!(probed(&mut new, &untold).await, Err(vec![Reason::UnnamedStatement]));
     for sql in [
         "SELECT current_user || session_user || current_setting('role')",
@@ -129,6 +139,7 @@ async fn moves(majors: [u32; 2]) {
         "SELECT string_agg(c, ',' ORDER BY c) FROM pg_listening_channels() c",
         "SELECT string_agg(concat_ws(',', classid, objid, objsubid, mode), ' ' ORDER BY classid, objid) \
          FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()",
+        "SELECT concat_ws(' ', lastval(), currval('counter'), currval('\"it''s\".\"o.dd\"'), currval('only_set'))",
         "EXECUTE by_sql('ok')",
     ] {
         assert_eq!(ask(&mut new, sql).await, ask(&mut old, sql).await, "{sql}");
@@ -156,7 +167,7 @@ async fn notifications_during_a_move_are_kept() {
     let snapshot = probed(&mut old, &hints()).await.unwrap();
     assert!(has(&old, b"to the old"));
     old.asides = BytesMut::new();
-    transplant::restore(&mut new, &snapshot, soon()).await.unwrap();
+    transplant::restore(&mut new, &snapshot, &[], soon()).await.unwrap();
     assert!(new.asides.is_empty());
     clusters[1].superuser("postgres").await.unwrap().run("NOTIFY plain, 'to the new'").await.unwrap();
     probed(&mut new, &hints()).await.unwrap();
@@ -171,7 +182,12 @@ async fn what_can_not_be_restored_stays_with_its_reason() {
     let changed = seen(Seen { parse_settings: ParseSettings::Changed, ..Seen::default() });
     let once = seen(Seen { lock_calls: LockCalls::Counted(1), ..Seen::default() });
     let twice = seen(Seen { lock_calls: LockCalls::Counted(2), ..Seen::default() });
-    let named = Hints { custom_settings: vec![(*b"a.b").into()], database: vec![Reason::DynamicSetting], ..none() };
+    let of_database = |reason| Arc::new(Survey { reasons: vec![reason], ..Survey::default() });
+    let dynamic = || of_database(Reason::DynamicSetting);
+    let named = Hints { custom_settings: vec![(*b"a.b").into()], survey: dynamic(), ..none() };
+    let surveyed = Arc::new(transplant::survey(&mut session(&old).await, soon()).await.unwrap());
+    let surveyed = Hints { survey: surveyed, ..none() };
+    let unheard = Hints { survey: of_database(Reason::AdvisoryLocks), ..once.clone() };
     let cases = [
         ("SELECT 1", none(), None),
         ("BEGIN", none(), Some(Reason::InTransaction)),
@@ -180,6 +196,12 @@ async fn what_can_not_be_restored_stays_with_its_reason() {
         ("CREATE TEMP TABLE t (n int); DROP TABLE t", none(), None),
         ("BEGIN; DECLARE c CURSOR WITH HOLD FOR SELECT 1; COMMIT", none(), Some(Reason::HeldCursor)),
         ("SELECT nextval('counter')", none(), Some(Reason::SequenceState)),
+        ("SELECT nextval('counter')", surveyed.clone(), None),
+        ("SELECT setval('counter', 5)", surveyed.clone(), None),
+        ("SELECT nextval('ahead')", surveyed.clone(), Some(Reason::SequenceCache)),
+        ("CREATE TEMP SEQUENCE s; SELECT nextval('s'); DROP SEQUENCE s", surveyed, None),
+        ("SELECT 1", unheard.clone(), None),
+        ("SELECT pg_advisory_lock(1)", unheard, Some(Reason::AdvisoryLocks)),
         ("SET SESSION AUTHORIZATION owner", none(), Some(Reason::SessionAuthorization)),
         ("SELECT 1; PREPARE ms AS SELECT 2", none(), Some(Reason::PreparedText)),
         ("PREPARE ms AS SELECT 2", changed.clone(), Some(Reason::ParseSettings)),
@@ -189,7 +211,7 @@ async fn what_can_not_be_restored_stays_with_its_reason() {
         ("SELECT pg_advisory_lock(1)", none(), Some(Reason::AdvisoryLocks)),
         ("SELECT pg_advisory_lock(1)", once, None),
         ("SELECT pg_advisory_lock(1), pg_advisory_lock(1)", twice, Some(Reason::AdvisoryLocks)),
-        ("SELECT 1", Hints { database: vec![Reason::DynamicSetting], ..none() }, Some(Reason::DynamicSetting)),
+        ("SELECT 1", Hints { survey: dynamic(), ..none() }, Some(Reason::DynamicSetting)),
         ("SELECT 1", named, None),
     ];
     for (sql, hints, reason) in cases {
@@ -231,7 +253,7 @@ async fn a_target_that_differs_is_refused() {
         run(&mut old, sql).await;
         let snapshot = probed(&mut old, &once).await.unwrap();
         let refused =
-            transplant::restore(&mut new, &snapshot, soon()).await.map_err(|error: RestoreError| error.reason());
+            transplant::restore(&mut new, &snapshot, &[], soon()).await.map_err(|error: RestoreError| error.reason());
         assert_eq!(refused, reason.map_or(Ok(()), Err), "{sql} / {change}");
         assert_eq!(probed(&mut old, &once).await.unwrap(), snapshot, "{sql}");
     }
@@ -249,7 +271,7 @@ async fn ten_thousand_statements_and_a_long_setting_move() {
     run(&mut old, "SELECT length(set_config('myapp.tenant', repeat(E'\\n''\"', 340000), false))").await;
     let (begun, snapshot) = (Instant::now(), probed(&mut old, &hints()).await.unwrap());
     let probed_ms = begun.elapsed().as_millis();
-    transplant::restore(&mut new, &snapshot, soon()).await.unwrap();
+    transplant::restore(&mut new, &snapshot, &[], soon()).await.unwrap();
     assert!(begun.elapsed() < Duration::from_secs(10), "{probed_ms} ms of it the probe");
     assert_eq!(ask(&mut new, "SELECT count(*) FROM pg_prepared_statements").await, "10000");
     assert_eq!(ask(&mut new, "SELECT length(current_setting('myapp.tenant'))").await, "1020000");
@@ -270,17 +292,45 @@ async fn revoked_rights_are_a_reason() {
     assert_eq!(ask(&mut server, "SELECT 1").await, "1");
 }
 
-/// What speaks against every session of a database is found once.
+/// What is so for every session of a database is found once.
 #[tokio::test]
-async fn a_survey_finds_settings_with_names_made_at_run_time() {
+async fn a_survey_finds_sequences_and_what_functions_hide() {
     let [old, _] = servers([13, 17]).await;
     let admin = old.superuser("postgres").await.unwrap();
     let mut server = session(&old).await;
-    assert_eq!(transplant::survey(&mut server, soon()).await, Ok(vec![]) as Result<Vec<Reason>, ServerError>);
-    let plain = "CREATE FUNCTION f() RETURNS text LANGUAGE sql AS $$SELECT set_config('a.b', 'x', false)$$";
-    admin.run(plain).await.unwrap();
-    assert_eq!(transplant::survey(&mut server, soon()).await, Ok(vec![]));
+    let before = transplant::survey(&mut server, soon()).await.unwrap();
+    assert_eq!((before.reasons, before.sequences.len()), (vec![], 4));
+    for (function, reasons) in [
+        ("f() RETURNS text LANGUAGE sql AS $$SELECT set_config('a.b', 'x', false)$$", vec![]),
+        ("f() RETURNS text LANGUAGE sql AS $$SELECT pg_advisory_xact_lock(1)::text$$", vec![]),
+        ("f() RETURNS text LANGUAGE sql AS $$SELECT pg_advisory_lock(1)::text$$", vec![Reason::AdvisoryLocks]),
+    ] {
+        admin.run(&format!("CREATE OR REPLACE FUNCTION {function}")).await.unwrap();
+        assert_eq!(transplant::survey(&mut server, soon()).await.unwrap().reasons, reasons, "{function}");
+    }
     let dynamic = "CREATE FUNCTION g(n text) RETURNS text LANGUAGE sql AS $$SELECT set_config(n, 'x', false)$$";
     admin.run(dynamic).await.unwrap();
-    assert_eq!(transplant::survey(&mut server, soon()).await, Ok(vec![Reason::DynamicSetting]));
+    let both = vec![Reason::DynamicSetting, Reason::AdvisoryLocks];
+    assert_eq!(transplant::survey(&mut server, soon()).await.unwrap().reasons, both);
+}
+
+/// What servers have by their own choice stays as it was, where a session may choose.
+#[tokio::test]
+async fn other_defaults_do_not_reach_a_session_that_moves() {
+    let clusters = servers([13, 17]).await;
+    let target = clusters[1].superuser("postgres").await.unwrap();
+    for setting in ["extra_float_digits = 0", "DateStyle = 'German'", "bytea_output = 'escape'", "work_mem = '9MB'"] {
+        target.run(&format!("ALTER SYSTEM SET {setting}")).await.unwrap();
+    }
+    target.run("SELECT pg_reload_conf()").await.unwrap();
+    target.until("SELECT current_setting('work_mem') = '9MB'", Duration::from_secs(20)).await.unwrap();
+    let (mut old, mut new) = (session(&clusters[0]).await, session(&clusters[1]).await);
+    assert_eq!(ask(&mut new, "SHOW extra_float_digits").await, "0");
+    let snapshot = probed(&mut old, &Hints::default()).await.unwrap();
+    transplant::restore(&mut new, &snapshot, &[], soon()).await.unwrap();
+    for (setting, value) in
+        [("extra_float_digits", "1"), ("DateStyle", "ISO, MDY"), ("bytea_output", "hex"), ("work_mem", "9MB")]
+    {
+        assert_eq!(ask(&mut new, &format!("SHOW {setting}")).await, value, "{setting}");
+    }
 }

@@ -125,3 +125,13 @@ pub(super) fn target_triggers(facts: &Facts) -> Vec<Finding> {
         "ALTER TABLE ... ENABLE TRIGGER (not ALWAYS, not REPLICA) on the target.",
     )]
 }
+
+pub(super) fn server_bound(facts: &Facts) -> Vec<Finding> {
+    const CHECK: &str = "server_bound";
+    let names = &facts.source.server_bound;
+    let problem = "read process ids, transaction ids, log positions or snapshots: where they are kept, they mean nothing \
+                   on the target";
+    let fix = "See what they keep; what is only used while it is fresh does no harm.";
+    let found = (!names.is_empty()).then(|| Finding::yellow(CHECK, some(names), problem, fix));
+    or_green(CHECK, "source", "no function reads numbers of one server", found.into_iter().collect())
+}

@@ -96,6 +96,7 @@ fn cluster(system_identifier: u64, version_num: u32) -> ClusterFacts {
         foreign_tables: Vec::new(),
         materialized_views: Vec::new(),
         replica_triggers: Vec::new(),
+        server_bound: Vec::new(),
         sessions: Vec::new(),
         prepared: Vec::new(),
         logins: vec![login("app", "SCRAM-SHA-256$x")],
@@ -271,6 +272,7 @@ fn faults_of_the_data_are_seen() {
     gives(Level::Yellow, "target_triggers", "audit", |f| {
         f.target.replica_triggers.push("public.accounts audit".to_owned())
     });
+    gives(Level::Yellow, "server_bound", "whoami()", |f| f.source.server_bound.push("whoami()".to_owned()));
 }
 
 #[test]
