@@ -17,6 +17,7 @@ pub mod workload;
 mod pipeliner;
 pub mod writer;
 pub mod drivers;
+pub mod belongings;
 pub mod ledger;
 pub mod errors;
 pub mod samples;

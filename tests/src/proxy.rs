@@ -91,6 +91,11 @@ impl ProxyOptions {
         table(table(&mut self.config, "databases"), name)
     }
 
+    /// The table of a user, made if it is not there.
+    pub fn user(&mut self, name: &str) -> &mut Table {
+        table(table(&mut self.config, "users"), name)
+    }
+
     /// Lets a backend of the pair's database be reached at another port (a fault proxy's).
     pub fn backend_port(&mut self, backend: &str, port: u16) {
         let backend = table(table(self.database(DATABASE), "backends"), backend);

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::client::Client;
 use crate::errors::ClientError;
 use crate::ledger::Notes;
-use crate::pair::{APP, DATABASE, password};
+use crate::pair::{APP, DATABASE, OTHER, password};
 use crate::pipeliner::Pipeliner;
 use crate::process::POLL;
 use crate::samples::Samples;
@@ -34,8 +34,11 @@ const IDLERS: i32 = 3000;
 pub struct WorkloadOptions {
     /// Where clients connect, in turn.
     pub ports: Vec<u16>,
-    /// Login of all clients; the password is [`password`]'s.
+    /// Login of all clients but those in `sessions`; the password is [`password`]'s.
     pub user: String,
+    /// So many of the closed-loop clients log in as this other user, and keep settings, prepared statements and a channel
+    /// in their session: it has to be pooled by session.
+    pub sessions: (u32, String),
     /// Closed-loop clients.
     pub clients: u32,
     /// Writing transactions each second of all closed-loop clients together, if answers come in time.
@@ -56,6 +59,7 @@ impl WorkloadOptions {
         WorkloadOptions {
             ports,
             user: APP.to_owned(),
+            sessions: (0, OTHER.to_owned()),
             clients,
             writes_per_s: 650,
             probes: 1,
@@ -66,9 +70,13 @@ impl WorkloadOptions {
     }
 
     fn login(&self, client: u32) -> Config {
+        self.login_of(&self.user, client)
+    }
+
+    fn login_of(&self, user: &str, client: u32) -> Config {
         let port = self.ports[client as usize % self.ports.len().max(1)];
         let mut config = Config::new();
-        config.host("127.0.0.1").port(port).user(&self.user).password(password(&self.user)).dbname(DATABASE);
+        config.host("127.0.0.1").port(port).user(user).password(password(user)).dbname(DATABASE);
         config.application_name(format!("load-{client}"));
         config
     }
@@ -147,10 +155,19 @@ impl Workload {
     fn spawn_writers(&mut self, options: &WorkloadOptions) {
         let period = Duration::from_secs(1) * options.clients / options.writes_per_s.max(1);
         for number in 0..options.clients {
-            let protocol = if number % 2 == 0 { Protocol::Simple } else { Protocol::Extended };
+            // Both ways to speak among those of either pooling.
+            let protocol = if number / 2 % 2 == 0 { Protocol::Simple } else { Protocol::Extended };
             let id = number.cast_signed() + 1;
-            let login = options.login(number);
-            self.spawn(options, id, |writer| Writer { login, protocol, pace: Pace::ThinkTime(period), ..writer });
+            let (sessions, other) = &options.sessions;
+            let keeps = is_one_of(*sessions, number, options.clients);
+            let login = options.login_of(if keeps { other } else { &options.user }, number);
+            self.spawn(options, id, |writer| Writer {
+                login,
+                protocol,
+                keeps,
+                pace: Pace::ThinkTime(period),
+                ..writer
+            });
         }
     }
 
@@ -171,6 +188,7 @@ impl Workload {
             protocol: Protocol::Extended,
             pace: Pace::Schedule(PROBE_PERIOD),
             diet: Diet::Mixed,
+            keeps: false,
             accounts: options.accounts,
             counters: Arc::clone(&self.counters),
             record: Record { notes, ..Record::default() },
@@ -220,5 +238,25 @@ impl Workload {
         }
         let transactions = self.counters.transactions.load(Ordering::Relaxed);
         Ok(Outcome { records, transactions, duration: self.began.elapsed() })
+    }
+}
+
+/// Spreads `chosen` among `all` evenly: is `number` one of them?
+fn is_one_of(chosen: u32, number: u32, all: u32) -> bool {
+    let before = |number: u32| u64::from(number) * u64::from(chosen.min(all)) / u64::from(all.max(1));
+    before(number + 1) > before(number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn so_many_are_chosen_and_spread() {
+        for (chosen, all) in [(0, 7), (3, 7), (7, 7), (16, 32), (9, 7)] {
+            let picked = (0..all).filter(|number| is_one_of(chosen, *number, all)).count();
+            assert_eq!(picked, chosen.min(all) as usize, "{chosen} of {all}");
+        }
+        assert!(!is_one_of(16, 0, 32) && is_one_of(16, 1, 32));
     }
 }

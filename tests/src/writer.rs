@@ -1,8 +1,10 @@
 //! One client of the load: its connection, its transactions, its notes.
 //!
-//! Half of the clients speak the simple query protocol, half the extended one with unnamed statements.
+//! Half of the clients speak the simple query protocol, half the extended one: with unnamed statements, or, where a
+//! session is theirs, with named ones.
 //!
-//! Invariant: each number `n` is sent once and is noted once, as acknowledged, unknown or refused.
+//! Invariant: each number `n` is sent once and is noted once, as acknowledged, unknown or refused. Whoever keeps
+//! something in its session has it to the end, or says what is missing.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,6 +14,7 @@ use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Config, Error};
 use tokio_util::sync::CancellationToken;
 
+use crate::belongings::Belongings;
 use crate::client::Client;
 use crate::errors::ClientError;
 use crate::ledger::Notes;
@@ -77,10 +80,18 @@ pub(crate) struct Writer {
     pub(crate) protocol: Protocol,
     pub(crate) pace: Pace,
     pub(crate) diet: Diet,
+    /// Whether it keeps settings, statements and a channel in its session.
+    pub(crate) keeps: bool,
     /// Writes go to accounts 1 to this.
     pub(crate) accounts: u32,
     pub(crate) counters: Arc<Counters>,
     pub(crate) record: Record,
+}
+
+/// A client that is logged in.
+struct Session {
+    client: Client,
+    belongings: Option<Belongings>,
 }
 
 /// The numbers of one write.
@@ -111,6 +122,14 @@ impl Step {
     /// After it was sent and before it is answered nobody knows whether the write counts.
     fn decides(self) -> bool {
         matches!(self, Step::Commit | Step::OneString | Step::OneStatement)
+    }
+
+    /// Those that can be prepared.
+    const PREPARED: [Step; 5] = [Step::Insert, Step::History, Step::Update, Step::Read, Step::OneStatement];
+
+    /// Of its parameters.
+    fn types(self) -> &'static [Type] {
+        if self.sql().contains('$') { &[Type::INT4, Type::INT8, Type::INT8, Type::INT8] } else { &[] }
     }
 
     fn kind(self) -> Kind {
@@ -152,8 +171,8 @@ impl Writer {
         let mut next = Instant::now();
         let mut n = 0;
         while !stop.is_cancelled() {
-            let Some(client) = self.log_in(&stop).await else { break };
-            while !stop.is_cancelled() && !client.is_closed() {
+            let Some(session) = self.log_in(&stop).await else { break };
+            while !stop.is_cancelled() && !session.client.is_closed() {
                 tokio::select! {
                     () = tokio::time::sleep_until(next.into()) => {}
                     () = stop.cancelled() => break,
@@ -163,15 +182,27 @@ impl Writer {
                     Pace::Schedule(_) => next,
                 };
                 n += 1;
-                let fine = self.transaction(&client, n, began).await;
+                let fine = self.transaction(&session, n, began).await;
                 next = began + self.period();
-                if !fine && client.batch_execute("ROLLBACK").await.is_err() {
-                    client.sever();
+                if !fine && session.client.batch_execute("ROLLBACK").await.is_err() {
                     break;
                 }
             }
+            self.look_over(session).await;
         }
         self.record
+    }
+
+    /// A session's last minute: is everything there that was put into it?
+    async fn look_over(&mut self, session: Session) {
+        let who = self.record.notes.client;
+        let Some(belongings) = session.belongings else { return };
+        match belongings.missing(&session.client).await {
+            Ok(missing) => missing.into_iter().for_each(|what| self.error(ClientError::because(who, what))),
+            // That the connection broke has been noted by whoever used it.
+            Err(_) if session.client.is_closed() => {}
+            Err(error) => self.error(ClientError::of(who, "looking over the session", &error)),
+        }
     }
 
     fn period(&self) -> Duration {
@@ -180,10 +211,10 @@ impl Writer {
         }
     }
 
-    async fn log_in(&mut self, stop: &CancellationToken) -> Option<Client> {
+    async fn log_in(&mut self, stop: &CancellationToken) -> Option<Session> {
         while !stop.is_cancelled() {
-            match Client::connect(&self.login).await {
-                Ok(client) => return Some(client),
+            match self.session().await {
+                Ok(session) => return Some(session),
                 Err(error) => self.error(ClientError::of(self.record.notes.client, "login", &error)),
             }
             tokio::select! {
@@ -194,14 +225,25 @@ impl Writer {
         None
     }
 
+    async fn session(&self) -> Result<Session, Error> {
+        let client = Client::connect(&self.login).await?;
+        let belongings = if self.keeps {
+            let statements = Step::PREPARED.map(|step| (step.sql(), step.types()));
+            Some(Belongings::acquire(&client, self.record.notes.client, &statements).await?)
+        } else {
+            None
+        };
+        Ok(Session { client, belongings })
+    }
+
     /// One write (or read) with its notes; false when it failed. `began` is when it was to be sent.
-    async fn transaction(&mut self, client: &Client, n: i64, began: Instant) -> bool {
+    async fn transaction(&mut self, session: &Session, n: i64, began: Instant) -> bool {
         let entry = self.entry(n);
         let steps = self.steps(n);
         let writes = steps.iter().any(|step| step.decides());
         let mut sent = began;
         for step in steps {
-            if let Err(ending) = self.step(client, step, entry, sent).await {
+            if let Err(ending) = self.step(session, step, entry, sent).await {
                 if writes {
                     self.note(n, &ending);
                 }
@@ -255,9 +297,9 @@ impl Writer {
         }
     }
 
-    async fn step(&mut self, client: &Client, step: Step, entry: Entry, sent: Instant) -> Result<(), Ending> {
+    async fn step(&mut self, session: &Session, step: Step, entry: Entry, sent: Instant) -> Result<(), Ending> {
         let at_us = now_us() - i64::try_from(sent.elapsed().as_micros()).unwrap_or(0);
-        let answer = tokio::time::timeout(ANSWER_LIMIT, send(client, self.protocol, step, entry)).await;
+        let answer = tokio::time::timeout(ANSWER_LIMIT, send(session, self.protocol, step, entry)).await;
         self.record.samples.add(at_us, sent.elapsed(), step.kind());
         let doing = format!("{step:?}").to_lowercase();
         let who = self.record.notes.client;
@@ -288,7 +330,8 @@ fn leaves_open(error: &Error) -> bool {
         .is_none_or(|error| error.code().code().starts_with("57P") || error.code().code().starts_with("08"))
 }
 
-async fn send(client: &Client, protocol: Protocol, step: Step, entry: Entry) -> Result<(), Error> {
+async fn send(session: &Session, protocol: Protocol, step: Step, entry: Entry) -> Result<(), Error> {
+    let client = &session.client;
     let Entry { client: who, n, aid, delta } = entry;
     if protocol == Protocol::Simple || step == Step::OneString {
         let values = [("$1", i64::from(who)), ("$2", n), ("$3", aid), ("$4", delta)];
@@ -298,8 +341,11 @@ async fn send(client: &Client, protocol: Protocol, step: Step, entry: Entry) -> 
         });
         return client.batch_execute(&sql).await;
     }
-    let all: [(&(dyn ToSql + Sync), Type); 4] =
-        [(&who, Type::INT4), (&n, Type::INT8), (&aid, Type::INT8), (&delta, Type::INT8)];
-    let parameters = if step.sql().contains('$') { &all[..] } else { &[] };
-    client.query_typed(step.sql(), parameters).await.map(drop)
+    let values: [&(dyn ToSql + Sync); 4] = [&who, &n, &aid, &delta];
+    let values = &values[..step.types().len()];
+    if let Some(statement) = session.belongings.as_ref().and_then(|belongings| belongings.statement(step.sql())) {
+        return client.query(statement, values).await.map(drop);
+    }
+    let typed: Vec<_> = values.iter().copied().zip(step.types().iter().cloned()).collect();
+    client.query_typed(step.sql(), &typed).await.map(drop)
 }

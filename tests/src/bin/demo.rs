@@ -15,7 +15,7 @@ use e2e::cluster::Commits;
 use e2e::control::Finished;
 use e2e::errors::tally;
 use e2e::ledger::Audit;
-use e2e::pair::PairOptions;
+use e2e::pair::{OTHER, PairOptions};
 use e2e::printer::{result, say};
 use e2e::run_dir::RunDir;
 use e2e::samples::{Stalls, csv, now_us};
@@ -58,8 +58,8 @@ struct Args {
     /// Proxies in front of the servers
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=9))]
     proxies: u16,
-    /// How the proxy shares server connections
-    #[arg(long, value_enum, default_value_t = Pooling::Transaction)]
+    /// How the proxy shares server connections; those pooled by session keep settings, 20 statements and a LISTEN
+    #[arg(long, value_enum, default_value_t = Pooling::Mixed)]
     pooling: Pooling,
     /// How long the load runs; the cutover starts in the middle
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(4..=3600))]
@@ -84,7 +84,21 @@ struct Args {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Pooling {
     Transaction,
+    /// Every client but the probes
     Session,
+    /// Half of the clients by session, the others by transaction
+    Mixed,
+}
+
+impl Pooling {
+    /// How many of these clients keep their session.
+    fn sessions(self, clients: u32) -> u32 {
+        match self {
+            Pooling::Transaction => 0,
+            Pooling::Session => clients,
+            Pooling::Mixed => clients / 2,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -100,6 +114,8 @@ struct Verdict {
     source_version: String,
     target_version: String,
     clients: u32,
+    /// Those of them that are pooled by session.
+    sessions: u32,
     seconds: f64,
     transactions: u64,
     writes_acknowledged: usize,
@@ -238,7 +254,9 @@ async fn demo(args: &Args) -> Result<Verdict> {
     let (stage, setup) = set_up(args).await?;
     let half = Duration::from_secs(args.seconds) / 2;
     say(format_args!("load: {} clients and 2 probes for {} s", args.clients, args.seconds));
-    let workload = Workload::start(&WorkloadOptions::new(stage.ports(), args.clients)).await?;
+    let mut load = WorkloadOptions::new(stage.ports(), args.clients);
+    load.sessions.0 = args.pooling.sessions(args.clients);
+    let workload = Workload::start(&load).await?;
     let started_us = now_us();
     workload.acknowledges(1, CUTOVER_LIMIT).await.context("the load does not get through the proxy")?;
     watch(&workload, half).await;
@@ -275,20 +293,22 @@ async fn set_up(args: &Args) -> Result<(Stage, Setup)> {
     let network = if args.offline { Network::Offline } else { Network::from_env() };
     let (binaries, from, to) = versions(args, network)?;
     let mut options = PairOptions::new(from, to);
-    (options.source.commits, options.target.commits) = (Commits::WaitForDisk, Commits::WaitForDisk);
+    let connections = (args.pooling.sessions(args.clients) + 150).to_string();
+    for cluster in [&mut options.source, &mut options.target] {
+        cluster.commits = Commits::WaitForDisk;
+        cluster.settings.push(("max_connections".to_owned(), connections.clone()));
+    }
     e2e::product::Product::build()?;
     say(format_args!("starting PostgreSQL {from} and {to} with logical replication"));
     let pair = e2e::pair::Pair::start(&binaries, &options).await?;
     let setup = Setup { source_version: pair.source.version().into(), target_version: pair.target.version().into() };
     say(format_args!("starting {} of pgcutover", if args.proxies == 1 { "one" } else { "several" }));
-    let mode = match args.pooling {
-        Pooling::Transaction => "transaction",
-        Pooling::Session => "session",
-    };
-    let clients = i64::from(args.clients);
+    let (clients, sessions) = (i64::from(args.clients), i64::from(args.pooling.sessions(args.clients)));
     let change = |options: &mut e2e::proxy::ProxyOptions| {
-        options.setting("pool_mode", mode);
         options.setting("max_client_conn", clients + 100);
+        let user = options.user(OTHER);
+        user.insert("pool_mode".to_owned(), "session".into());
+        user.insert("pool_size".to_owned(), sessions.max(1).into());
     };
     Ok((Stage::with(pair, args.proxies, change).await?, setup))
 }
@@ -375,6 +395,7 @@ fn verdict(args: &Args, setup: &Setup, cutover: &Cutover, outcome: &Outcome, aud
         source_version: setup.source_version.clone(),
         target_version: setup.target_version.clone(),
         clients: args.clients,
+        sessions: args.pooling.sessions(args.clients),
         seconds,
         transactions: outcome.transactions,
         writes_acknowledged: outcome.acknowledged(),
@@ -430,9 +451,12 @@ fn default_page() -> Result<PathBuf> {
 
 /// The verdict in plain words.
 fn words(verdict: &Verdict) -> String {
-    let Verdict { source_version, target_version, clients, errors, lost, duplicated, .. } = verdict;
+    let Verdict { source_version, target_version, clients, sessions, errors, lost, duplicated, .. } = verdict;
     let mut lines = vec![match verdict.outcome.as_str() {
-        "committed" => format!("PostgreSQL {source_version} handed over to {target_version} under {clients} clients."),
+        "committed" => format!(
+            "PostgreSQL {source_version} handed over to {target_version} under {clients} clients, \
+             {sessions} of them in sessions of their own."
+        ),
         other => format!("No cutover from PostgreSQL {source_version} to {target_version}: {other}."),
     }];
     lines.push(match errors {
