@@ -11,6 +11,7 @@ use tracing_subscriber::EnvFilter;
 use crate::commands;
 use crate::commands::Context;
 use crate::config::{Config, ConfigError};
+use crate::plan::Goal;
 use crate::printer::{Exit, Output, Printer};
 
 /// Moves a database to another PostgreSQL server while its clients keep their connections.
@@ -48,6 +49,8 @@ enum Verb {
     Abort,
     /// The cutover: from the first check to clients on the target.
     Cutover(commands::cutover::Cutover),
+    /// Everything of a cutover that can be taken back, on the live system, then back: predicts how long clients would be held.
+    Rehearse(commands::cutover::Cutover),
     /// Build the report of a run from its journal.
     Report(commands::report::Report),
     /// Our tables and gates in the databases: print, install or remove them.
@@ -91,7 +94,8 @@ async fn perform(cli: Cli, printer: Printer) -> anyhow::Result<Exit> {
         Verb::Switch(switch) => switch.run(&context()?).await,
         Verb::Resume(resume) => resume.run(&context()?).await,
         Verb::Abort => commands::abort::run(&context()?).await,
-        Verb::Cutover(cutover) => cutover.run(context()?).await,
+        Verb::Cutover(cutover) => cutover.run(Goal::Cutover, context()?).await,
+        Verb::Rehearse(rehearsal) => rehearsal.run(Goal::Rehearsal, context()?).await,
         Verb::Report(report) => report.run(&context()?),
         Verb::Objects(objects) => objects.run(&context()?).await,
     }

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 
 use crate::finding::Finding;
 use crate::journal::JournalError;
-use crate::plan::{OnFailure, POINT_OF_NO_RETURN, Step};
+use crate::plan::{Goal, OnFailure, POINT_OF_NO_RETURN, Step};
 use crate::printer::Progress;
 use crate::state::{Began, Decision, Ending, Event, Facts, Phase};
 use crate::steps::{self, Scene, StepError, Undo, decided};
@@ -59,6 +59,8 @@ impl fmt::Display for StopAt {
 pub struct Engine {
     /// What it acts on.
     pub scene: Scene,
+    /// What it is for.
+    pub goal: Goal,
     /// Who watches.
     pub progress: Progress,
     /// Becomes true when a person wants it to end.
@@ -71,8 +73,14 @@ pub struct Engine {
 
 impl Engine {
     /// A run that has not begun.
-    pub fn new(scene: Scene, progress: Progress, interrupt: watch::Receiver<bool>, stop_at: Option<StopAt>) -> Engine {
-        Engine { scene, progress, interrupt, stop_at, unwritten: None }
+    pub fn new(
+        scene: Scene,
+        goal: Goal,
+        progress: Progress,
+        interrupt: watch::Receiver<bool>,
+        stop_at: Option<StopAt>,
+    ) -> Engine {
+        Engine { scene, goal, progress, interrupt, stop_at, unwritten: None }
     }
 
     /// The whole cutover. A journal that cannot be written ends it, but never leaves clients held.
@@ -102,6 +110,9 @@ impl Engine {
     async fn journaled(&mut self) -> Result<Ending, JournalError> {
         self.begin()?;
         self.walk().await?;
+        if self.goal == Goal::Rehearsal && self.scene.journal.state().phase == Phase::Between {
+            self.scene.journal.append([Event::Turned])?;
+        }
         if self.scene.journal.state().phase == Phase::Aborting {
             self.go_back().await?;
             // A commit that was thought lost: forward.
@@ -128,6 +139,7 @@ impl Engine {
         ];
         let began = Began {
             run: self.scene.run,
+            goal: self.goal,
             database: config.database.clone(),
             source: config.source.backend.clone(),
             target: config.target.backend.clone(),
@@ -226,8 +238,10 @@ impl Engine {
         let state = self.scene.journal.state();
         let mut decision = state.decision;
         if self.scene.claim.is_some() && decision.is_none() {
+            let asked_us = self.scene.journal.now_us();
             match decided::decide(&self.scene, Outcome::Abort).await {
                 Ok(outcome) => {
+                    self.scene.observe(crate::report::ABORT_ANSWERED, Facts::new().with("asked_us", asked_us));
                     self.scene.journal.append([Event::Decided { outcome }])?;
                     decision = Some(outcome);
                 }
@@ -238,9 +252,26 @@ impl Engine {
             }
         }
         match (self.scene.claim, decision) {
-            (None, _) | (Some(_), Some(Decision::Abort)) => self.undo_all().await,
+            (None, _) | (Some(_), Some(Decision::Abort)) => {
+                self.undo_all().await?;
+                self.measure_sequences().await;
+                Ok(())
+            }
             // Forward: the walk goes on.
             (Some(_), Some(Decision::Commit) | None) => Ok(()),
+        }
+    }
+
+    /// What a rehearsal leaves out is estimated; reading the sequences is the part of it that grows with the schema.
+    async fn measure_sequences(&mut self) {
+        if self.goal != Goal::Rehearsal {
+            return;
+        }
+        let began = tokio::time::Instant::now();
+        if let Ok(sequences) = self.scene.clusters.source.sequences(steps::STEP_DEADLINE).await {
+            let ms = began.elapsed().as_secs_f64() * 1000.0;
+            let facts = Facts::new().with("ms", ms).with("count", sequences.len());
+            self.scene.observe(crate::report::SEQUENCES_READ, facts);
         }
     }
 
@@ -289,6 +320,9 @@ impl Engine {
     fn ending(&self) -> Ending {
         let state = self.scene.journal.state();
         match (state.phase, state.decision) {
+            (Phase::Aborting, Some(Decision::Abort)) if self.goal == Goal::Rehearsal && state.failed.is_empty() => {
+                Ending::Rehearsed
+            }
             (Phase::Aborting, Some(Decision::Abort)) => Ending::Aborted,
             (Phase::Aborting, _) if self.scene.claim.is_some() || self.scene.open_is_unknown => Ending::Undecided,
             (Phase::Aborting, _) => Ending::Refused,

@@ -238,12 +238,13 @@ mod tests {
 
     use super::*;
     use crate::finding::Finding;
-    use crate::plan::Step;
+    use crate::plan::{Goal, Step};
     use crate::state::{Began, Ending, Facts, Phase};
 
     fn began(run: RunId) -> Event {
         Event::Began(Began {
             run,
+            goal: Goal::Cutover,
             database: "app".into(),
             source: "blue".into(),
             target: "green".into(),

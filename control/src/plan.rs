@@ -51,6 +51,32 @@ pub enum OnFailure {
     GoForward,
 }
 
+/// What a run is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Goal {
+    /// To move the database.
+    #[default]
+    Cutover,
+    /// To learn what that would take: everything before the decision that leaves nothing behind, then an abort.
+    Rehearsal,
+}
+
+impl Goal {
+    /// The step after `last` (the first one after `None`); none when a run with this goal has taken its last.
+    pub fn step_after(self, last: Option<Step>) -> Option<Step> {
+        Step::ALL.into_iter().find(|step| Some(*step) > last && self.takes(*step))
+    }
+
+    /// Sequences of the target are not set for a rehearsal, and it never decides for the target.
+    fn takes(self, step: Step) -> bool {
+        match self {
+            Goal::Cutover => true,
+            Goal::Rehearsal => step < POINT_OF_NO_RETURN && step != Step::Durable,
+        }
+    }
+}
+
 /// The one step after which nothing goes back.
 pub const POINT_OF_NO_RETURN: Step = Step::Decided;
 
@@ -87,11 +113,6 @@ impl Step {
             Step::Switched => "switched",
             Step::Resumed => "resumed",
         }
-    }
-
-    /// The step after it; none after the last.
-    pub fn next(self) -> Option<Step> {
-        Step::ALL.into_iter().find(|step| *step > self)
     }
 
     /// Whether clients are held while it runs.
@@ -174,11 +195,23 @@ mod tests {
         let mut sorted = Step::ALL;
         sorted.sort();
         assert_eq!(sorted, Step::ALL);
-        let mut walked = vec![Step::Armed];
-        while let Some(next) = walked[walked.len() - 1].next() {
+        assert_eq!(walked(Goal::Cutover), Step::ALL);
+    }
+
+    fn walked(goal: Goal) -> Vec<Step> {
+        let mut walked = Vec::new();
+        while let Some(next) = goal.step_after(walked.last().copied()) {
             walked.push(next);
         }
-        assert_eq!(walked, Step::ALL);
+        walked
+    }
+
+    #[test]
+    fn a_rehearsal_takes_what_leaves_nothing_behind_and_never_decides() {
+        let walked = walked(Goal::Rehearsal);
+        assert_eq!(walked.first(), Some(&Step::Armed));
+        assert_eq!(walked.last(), Some(&Step::Checked));
+        assert!(!walked.contains(&Step::Durable));
     }
 
     #[test]

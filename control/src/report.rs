@@ -11,16 +11,22 @@ use serde::Serialize;
 use crate::finding::{Finding, Level};
 use crate::journal::Record;
 use crate::plan::Step;
+use crate::report::prediction::Prediction;
 use crate::state::{Began, Decision, Ending, Event, Facts, Phase, State};
 
 pub mod html;
 pub mod picture;
+pub mod prediction;
 pub mod samples;
 
 /// An observation the report folds: the moment the first PAUSE was sent.
 pub const PAUSE_SENT: &str = "pause_sent";
 /// The moment the last RESUME was answered.
 pub const RESUME_ANSWERED: &str = "resume_answered";
+/// A rehearsal's abort was asked for (`asked_us`) and answered.
+pub const ABORT_ANSWERED: &str = "abort_answered";
+/// A rehearsal read every sequence of the source, without holding anybody: `ms`, `count`.
+pub const SEQUENCES_READ: &str = "sequences_read";
 /// Facts about the source, among them its `version`.
 pub const SOURCE: &str = "source";
 /// Facts about the target, among them its `version`.
@@ -45,6 +51,8 @@ pub struct Report {
     pub target_version: String,
     /// From the first PAUSE sent to the last RESUME answered.
     pub pause_ms: Option<f64>,
+    /// How long a cutover would hold clients, by a rehearsal.
+    pub prediction: Option<Prediction>,
     /// The steps that were begun, in order.
     pub steps: Vec<StepLine>,
     /// What was found on the way, worst first.
@@ -121,6 +129,7 @@ impl Report {
         report.source_version = report.version_of(SOURCE);
         report.target_version = report.version_of(TARGET);
         report.pause_ms = report.pause_us().map(|(from, to)| ms(to.saturating_sub(from)));
+        report.prediction = if report.outcome == Ending::Rehearsed { Prediction::of(&report) } else { None };
         report.findings.sort_by_key(|finding| std::cmp::Reverse(finding.level));
         report
     }
@@ -135,6 +144,7 @@ impl Report {
             source_version: String::new(),
             target_version: String::new(),
             pause_ms: None,
+            prediction: None,
             steps: Vec::new(),
             findings: Vec::new(),
             journal: journal.to_owned(),
@@ -182,7 +192,7 @@ impl Report {
                 self.observations.push(observation);
             }
             // Known from the state.
-            Event::Opened { .. } | Event::Decided { .. } | Event::Ended { .. } => {}
+            Event::Opened { .. } | Event::Decided { .. } | Event::Turned | Event::Ended { .. } => {}
         }
     }
 
@@ -225,6 +235,9 @@ impl Report {
             Ending::Committed => format!("committed: clients of {} are served by {}", self.database, self.target),
             Ending::Aborted => {
                 format!("aborted: clients of {} are served by {}, as before", self.database, self.source)
+            }
+            Ending::Rehearsed => {
+                format!("rehearsed: clients of {} are served by {}, as before", self.database, self.source)
             }
             Ending::Refused => format!("refused: nothing happened, {} is served by {}", self.database, self.source),
             Ending::Unfinished => {
@@ -271,6 +284,9 @@ impl fmt::Display for Report {
         if let Some(pause_ms) = self.pause_ms {
             writeln!(f, "clients were held for {pause_ms:.1} ms")?;
         }
+        if let Some(prediction) = &self.prediction {
+            write!(f, "{prediction}")?;
+        }
         for step in &self.steps {
             let outcome = match step.outcome {
                 StepOutcome::Done => "done",
@@ -297,6 +313,7 @@ impl fmt::Display for Report {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::plan::Goal;
 
     pub(crate) fn records(events: Vec<Event>) -> Vec<Record> {
         let stamped = events.into_iter().enumerate();
@@ -307,6 +324,7 @@ pub(crate) mod tests {
         let seen = |what: &str, facts| Event::Observed { what: what.into(), facts };
         let mut events = vec![Event::Began(Began {
             run: "8a6f0c1e-6a53-4a0e-9d0e-3a6b1c2d4e5f".parse().unwrap(),
+            goal: Goal::Cutover,
             database: "<app> & \"co\"".into(),
             source: "blue".into(),
             target: "green".into(),

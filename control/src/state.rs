@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::finding::Finding;
-use crate::plan::{POINT_OF_NO_RETURN, Step};
+use crate::plan::{Goal, POINT_OF_NO_RETURN, Step};
 
 /// What one step learned, for the report: names and plain values.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -65,6 +65,8 @@ pub enum Ending {
     Unfinished,
     /// The source could not be asked; proxies hold by their own rules.
     Undecided,
+    /// A rehearsal saw all that it can see; traffic is on the source as before.
+    Rehearsed,
 }
 
 impl fmt::Display for Ending {
@@ -75,6 +77,7 @@ impl fmt::Display for Ending {
             Ending::Refused => "refused",
             Ending::Unfinished => "unfinished",
             Ending::Undecided => "undecided",
+            Ending::Rehearsed => "rehearsed",
         })
     }
 }
@@ -84,6 +87,9 @@ impl fmt::Display for Ending {
 pub struct Began {
     /// The run.
     pub run: RunId,
+    /// What it is for; journals of before there were rehearsals do not say.
+    #[serde(default)]
+    pub goal: Goal,
     /// The route name.
     pub database: String,
     /// Backend name of the source.
@@ -133,6 +139,8 @@ pub enum Event {
         /// What it said.
         outcome: Decision,
     },
+    /// A rehearsal has seen everything and goes back.
+    Turned,
     /// What a step did was taken back.
     Undone {
         /// Which.
@@ -184,6 +192,8 @@ pub enum Phase {
 pub struct State {
     /// What it is doing.
     pub phase: Phase,
+    /// What it is for.
+    pub goal: Goal,
     /// The epoch the store opened for it.
     pub epoch: Option<Epoch>,
     /// The store's answer, once known.
@@ -196,7 +206,14 @@ pub struct State {
 
 impl Default for State {
     fn default() -> State {
-        State { phase: Phase::Fresh, epoch: None, decision: None, touched: Vec::new(), failed: Vec::new() }
+        State {
+            phase: Phase::Fresh,
+            goal: Goal::Cutover,
+            epoch: None,
+            decision: None,
+            touched: Vec::new(),
+            failed: Vec::new(),
+        }
     }
 }
 
@@ -224,7 +241,7 @@ impl State {
     pub fn next(self, event: &Event) -> Result<State, IllegalEvent> {
         use Phase::{Aborting, Between, Ended, Fresh, Running};
         match (event, self.phase) {
-            (Event::Began(_), Fresh) => Ok(self.in_phase(Between)),
+            (Event::Began(began), Fresh) => Ok(State { goal: began.goal, ..self }.in_phase(Between)),
             (Event::Started { step }, Between) if self.may_start(*step) => Ok(self.started(*step)),
             (Event::Opened { epoch }, Running(Step::Paused)) if self.epoch.is_none() => {
                 Ok(State { epoch: Some(*epoch), ..self })
@@ -239,6 +256,7 @@ impl State {
             (Event::Decided { outcome }, Aborting) if self.may_be_decided() => {
                 Ok(self.decided_while_aborting(*outcome))
             }
+            (Event::Turned, Between) if self.may_turn() => Ok(self.in_phase(Aborting)),
             (Event::Undone { step }, Aborting) if self.may_undo(*step) => Ok(self.undone(*step)),
             (Event::UndoFailed { step, .. }, Aborting) if self.may_undo(*step) => Ok(self),
             (Event::Found { .. } | Event::Observed { .. }, Between | Running(_) | Aborting) => Ok(self),
@@ -249,10 +267,18 @@ impl State {
 
     /// The step that comes next, if the plan goes on.
     pub fn next_step(&self) -> Option<Step> {
-        match self.touched.last() {
-            None => Some(Step::Armed),
-            Some(last) => last.next(),
-        }
+        // A commit that somebody else recorded goes forward, whatever the run was for.
+        let goal = if self.decision == Some(Decision::Commit) { Goal::Cutover } else { self.goal };
+        goal.step_after(self.touched.last().copied())
+    }
+
+    fn may_turn(&self) -> bool {
+        self.goal == Goal::Rehearsal && self.next_step().is_none() && self.decision.is_none()
+    }
+
+    /// A rehearsal in which nothing failed.
+    fn is_rehearsed(&self) -> bool {
+        self.goal == Goal::Rehearsal && self.failed.is_empty()
     }
 
     fn may_start(&self, step: Step) -> bool {
@@ -289,11 +315,14 @@ impl State {
         match ending {
             Ending::Committed => !aborting && self.touched.last() == Some(&Step::Resumed) && self.failed.is_empty(),
             Ending::Unfinished => !aborting && self.decision == Some(Decision::Commit) && !self.failed.is_empty(),
-            Ending::Aborted => aborting && self.decision == Some(Decision::Abort),
+            Ending::Aborted => aborting && self.decision == Some(Decision::Abort) && !self.is_rehearsed(),
+            Ending::Rehearsed => aborting && self.decision == Some(Decision::Abort) && self.is_rehearsed(),
             Ending::Refused => aborting && self.epoch.is_none(),
-            // The epoch may be open in the store although its opening was never answered.
+            // The epoch may be open in the store although its opening was never answered; a rehearsal turns without a
+            // failure and may find nobody to record its abort.
             Ending::Undecided => {
-                aborting && self.decision.is_none() && self.failed.iter().any(|step| step.holds_clients())
+                let held = self.failed.iter().any(|step| step.holds_clients());
+                aborting && self.decision.is_none() && (held || self.is_rehearsed() && self.epoch.is_some())
             }
         }
     }
@@ -348,8 +377,13 @@ mod tests {
     }
 
     fn began() -> Event {
+        began_for(Goal::Cutover)
+    }
+
+    fn began_for(goal: Goal) -> Event {
         Event::Began(Began {
             run: RunId::random(),
+            goal,
             database: "app".into(),
             source: "blue".into(),
             target: "green".into(),
@@ -369,8 +403,13 @@ mod tests {
 
     /// The events of a run that goes well, up to and including `last`.
     fn happy(last: Step) -> Vec<Event> {
-        let mut events = vec![began()];
-        for step in Step::ALL.into_iter().take_while(|step| *step <= last) {
+        happy_for(Goal::Cutover, last)
+    }
+
+    fn happy_for(goal: Goal, last: Step) -> Vec<Event> {
+        let mut events = vec![began_for(goal)];
+        let steps = std::iter::successors(goal.step_after(None), |step| goal.step_after(Some(*step)));
+        for step in steps.take_while(|step| *step <= last) {
             events.push(Event::Started { step });
             if step == Step::Paused {
                 events.push(Event::Opened { epoch: epoch(7) });
@@ -388,6 +427,25 @@ mod tests {
         let mut events = happy(Step::Resumed);
         events.push(Event::Ended { ending: Ending::Committed });
         assert_eq!(State::replay(&events).unwrap().phase, Phase::Ended(Ending::Committed));
+    }
+
+    #[test]
+    fn a_rehearsal_turns_after_its_last_step_and_ends_by_a_decided_abort() {
+        let mut events = happy_for(Goal::Rehearsal, Step::Transplanted);
+        assert!(State::replay(&events).unwrap().next(&Event::Turned).is_err());
+        events = happy_for(Goal::Rehearsal, Step::Checked);
+        let seen = State::replay(&events).unwrap();
+        assert_eq!(seen.next_step(), None);
+        for step in [Step::Durable, Step::Decided] {
+            assert!(seen.clone().next(&Event::Started { step }).is_err());
+        }
+        assert!(State::replay(&happy(Step::Checked)).unwrap().next(&Event::Turned).is_err());
+        let turned = seen.next(&Event::Turned).unwrap();
+        assert!(turned.clone().next(&Event::Ended { ending: Ending::Rehearsed }).is_err());
+        assert!(turned.clone().next(&Event::Ended { ending: Ending::Undecided }).is_ok());
+        let aborted = turned.next(&Event::Decided { outcome: Decision::Abort }).unwrap();
+        assert!(aborted.clone().next(&Event::Ended { ending: Ending::Aborted }).is_err());
+        assert!(aborted.next(&Event::Ended { ending: Ending::Rehearsed }).is_ok());
     }
 
     #[test]
@@ -460,9 +518,11 @@ mod tests {
             Ending::Refused,
             Ending::Unfinished,
             Ending::Undecided,
+            Ending::Rehearsed,
         ]);
         prop_oneof![
             Just(began()),
+            Just(Event::Turned),
             step.clone().prop_map(|step| Event::Started { step }),
             (1..9u64).prop_map(|number| Event::Opened { epoch: epoch(number) }),
             step.clone().prop_map(finished),
@@ -478,11 +538,12 @@ mod tests {
         /// Whatever is thrown at it after any prefix of a good run: the promises hold in every state it reaches.
         #[test]
         fn no_sequence_of_legal_events_breaks_a_promise(
+            goal in prop::sample::select(vec![Goal::Cutover, Goal::Rehearsal]),
             last in prop::sample::select(Step::ALL.to_vec()),
             cut in 0..3usize,
             tail in prop::collection::vec(any_event(), 0..60),
         ) {
-            let mut events = happy(last);
+            let mut events = happy_for(goal, last);
             events.truncate(events.len() - cut.min(events.len() - 1));
             let mut state = State::replay(&events).unwrap();
             for event in tail {
@@ -497,7 +558,7 @@ mod tests {
                     prop_assert_eq!(after.decision, Some(Decision::Commit));
                 }
                 match after.phase {
-                    Phase::Ended(Ending::Aborted) => prop_assert_eq!(after.decision, Some(Decision::Abort)),
+                    Phase::Ended(Ending::Aborted | Ending::Rehearsed) => prop_assert_eq!(after.decision, Some(Decision::Abort)),
                     Phase::Ended(Ending::Committed | Ending::Unfinished) => {
                         prop_assert_eq!(after.decision, Some(Decision::Commit));
                     }

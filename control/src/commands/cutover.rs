@@ -1,4 +1,4 @@
-//! `proxyctl cutover`: the whole of it.
+//! `proxyctl cutover`: the whole of it; `proxyctl rehearse`: all of it that can be taken back, and then taken back.
 //!
 //! Invariant: whatever happens after the journal is there, a report is printed and written.
 
@@ -14,6 +14,7 @@ use crate::clusters::{Cluster, Clusters, Role};
 use crate::commands::Context;
 use crate::engine::{Engine, StopAt};
 use crate::journal::{Journal, JournalError};
+use crate::plan::Goal;
 use crate::printer::{Exit, Printer};
 use crate::proxies::Fleet;
 use crate::report::samples::Samples;
@@ -36,8 +37,8 @@ pub struct Cutover {
 }
 
 impl Cutover {
-    /// Cuts over.
-    pub async fn run(self, context: Context) -> anyhow::Result<Exit> {
+    /// Cuts over, or rehearses it.
+    pub async fn run(self, goal: Goal, context: Context) -> anyhow::Result<Exit> {
         let printer = context.printer;
         let scene = match scene(context) {
             Ok(scene) => scene,
@@ -49,7 +50,7 @@ impl Cutover {
         };
         let journal = scene.journal.path().to_owned();
         printer.talk(format_args!("run {}, journal {}", scene.run, journal.display()));
-        let mut engine = Engine::new(scene, printer.progress(), interrupt(printer)?, self.stop_at);
+        let mut engine = Engine::new(scene, goal, printer.progress(), interrupt(printer)?, self.stop_at);
         let ended = engine.run().await;
         let Engine { scene, progress, .. } = engine;
         drop(progress);
@@ -111,7 +112,7 @@ fn interrupt(printer: Printer) -> std::io::Result<watch::Receiver<bool>> {
 
 fn exit(ending: Ending) -> Exit {
     match ending {
-        Ending::Committed => Exit::Done,
+        Ending::Committed | Ending::Rehearsed => Exit::Done,
         Ending::Refused => Exit::Refused,
         Ending::Aborted => Exit::Aborted,
         Ending::Unfinished => Exit::Unfinished,

@@ -40,6 +40,7 @@ pub fn page(report: &Report, samples: &Samples) -> String {
     );
     head(&mut page, report);
     findings(&mut page, "What to fix", report.findings.iter().filter(|finding| finding.level == Level::Red));
+    prediction(&mut page, report);
     let svg = picture::draw(report, samples);
     if !svg.is_empty() {
         add(&mut page, format_args!("<h2>Stall and steps</h2>\n{svg}\n"));
@@ -66,7 +67,7 @@ pub fn page(report: &Report, samples: &Samples) -> String {
 fn head(page: &mut String, report: &Report) {
     let class = match report.outcome {
         Ending::Committed => "good",
-        Ending::Aborted | Ending::Refused => "back",
+        Ending::Aborted | Ending::Refused | Ending::Rehearsed => "back",
         Ending::Unfinished | Ending::Undecided => "bad",
     };
     add(page, format_args!("<h1>Cutover of {}</h1>\n", escape(&report.database)));
@@ -85,6 +86,22 @@ fn head(page: &mut String, report: &Report) {
         ("Epoch", epoch),
     ] {
         add(page, format_args!("<tr><th>{name}</th><td>{}</td></tr>\n", escape(&value)));
+    }
+    page.push_str("</table>\n");
+}
+
+fn prediction(page: &mut String, report: &Report) {
+    let Some(prediction) = &report.prediction else { return };
+    let title = format!("A cutover would hold clients for about {:.0} ms", prediction.pause_ms);
+    add(page, format_args!("<h2>{title}</h2>\n<table><tr><th>Part</th><th>ms</th><th>How it is known</th></tr>\n"));
+    for part in &prediction.parts {
+        let row = format_args!(
+            "<tr><td>{}</td><td class=\"n\">{:.1}</td><td>{}</td></tr>\n",
+            part.step,
+            part.ms,
+            escape(&part.known.to_string())
+        );
+        add(page, row);
     }
     page.push_str("</table>\n");
 }

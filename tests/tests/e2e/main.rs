@@ -69,3 +69,5 @@ mod drivers;
 mod transplant_random;
 #[cfg(test)]
 mod transplant_many;
+#[cfg(test)]
+mod rehearse;
