@@ -192,6 +192,7 @@ impl Tracker {
             b'd' => self.copy_data(),
             b'c' | b'f' => {
                 let verdict = self.copy_data();
+                self.copy_ends_unasked();
                 self.copy_ends();
                 verdict
             }
@@ -247,6 +248,22 @@ impl Tracker {
     /// Copy data that comes after the server gave up the copy is ignored by it: at rest it must not cost a connection.
     fn copy_data(&self) -> Front {
         if self.is_busy() { Front::Forward } else { Front::Drop }
+    }
+
+    /// An end sent before the client knows of the copy: if one begins, the Syncs behind this end are answered, and those
+    /// before it are not. Nobody tells them apart any more.
+    fn copy_ends_unasked(&mut self) {
+        if self.copy != Copy::No {
+            return;
+        }
+        if self.batch == Batch::Open(Shape::LastIsTheOnlyExecute) {
+            self.batch = Batch::Open(Shape::Unclear);
+        }
+        for owed in &mut self.owed {
+            if *owed == Owed::Sync(Shape::LastIsTheOnlyExecute) {
+                *owed = Owed::Sync(Shape::Unclear);
+            }
+        }
     }
 
     fn copy_ends(&mut self) {
@@ -491,6 +508,22 @@ mod tests {
         assert!(!tracker.at_rest());
         tracker.backend(b'Z', b'I');
         assert!(tracker.at_rest());
+    }
+
+    /// The server answers a Sync behind the CopyDone, whoever sent that before it knew of the copy: what is owed for the
+    /// Query behind both must not count as that answer.
+    #[test]
+    fn an_end_sent_before_the_copy_is_known_keeps_the_connection() {
+        for early in [&b"PBEcSQ"[..], b"PBEScSQ", b"PBEfSQ", b"PBESSfQ"] {
+            let mut tracker = Tracker::default();
+            front(&mut tracker, early);
+            tracker.backend(b'G', 0);
+            tracker.backend(b'C', 0);
+            for _ in 0..4 {
+                tracker.backend(b'Z', b'I');
+                assert!(!tracker.at_rest(), "{}", String::from_utf8_lossy(early));
+            }
+        }
     }
 
     #[test]

@@ -53,6 +53,7 @@ fn challenged(lie: &[u8]) {
 fn honest_challenge() -> pgcutover::scram::Challenge {
     let client = ClientExchange::start(&NONCE);
     let verifier = Verifier::of(&KEYS, b"0123456789abcdef", 4096);
-    let server = ServerExchange::start(client.client_first(), verifier, &[4; NONCE_RAW_BYTES], Binding::Impossible).unwrap();
+    let server =
+        ServerExchange::start(client.client_first(), verifier, &[4; NONCE_RAW_BYTES], Binding::Impossible).unwrap();
     client.challenged(server.server_first()).unwrap()
 }
