@@ -203,6 +203,8 @@ impl Crossing {
         let change = |options: &mut ProxyOptions| {
             options.setting("pool_mode", pooling);
             options.setting("default_pool_size", if pooling == "session" { 100 } else { 20 });
+            // A session that can't be moved is told so, and leaves; the others go on.
+            options.database(DATABASE).insert("session_policy".to_owned(), "disconnect".into());
             // Above the sum of proxyctl's budgets below.
             options.setting("hold_budget", "40s");
         };
