@@ -143,7 +143,7 @@ impl Step {
             Step::Paused => "open the epoch, pause every proxy, let open transactions end",
             Step::Fenced => "flip the gate on the source, wait for writers that passed it earlier",
             Step::CaughtUp => "wait for the sentinel and the replay position on every subscription",
-            Step::Transplanted => "prove that no session has to be moved",
+            Step::Transplanted => "give every session that keeps its server a copy on the target, all or none",
             Step::Durable => "set sequences and flush what was applied, in one synchronous transaction on the target",
             Step::WayBack => "make the slot for the way back, where asked for",
             Step::Checked => "look once more at everything the decision relies on",

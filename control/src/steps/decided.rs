@@ -63,7 +63,7 @@ async fn evidence(scene: &Scene, turn: &Turn) -> Result<(), StepError> {
         match scene.clusters.target.witness(turn, &target, WITNESS_PATIENCE).await {
             Ok(()) => return Ok(()),
             Err(error) if again(&error) && tokio::time::Instant::now() < until => {
-                // reason: an unknown outcome is asked for again, within PATIENCE.
+                // reason: a target that is away is asked again, within WITNESS_PATIENCE.
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
             Err(error) => {

@@ -88,7 +88,7 @@ impl Beater {
             if matches!(self.target.heard(&self.database, TRAVEL_MAX).await, Ok(Some(heard)) if heard >= n) {
                 return sent.elapsed();
             }
-            // reason: the beat; ended by the run.
+            // reason: the target tells nobody that the beat has arrived; looked at again within TRAVEL_MAX.
             tokio::time::sleep(LOOK).await;
         }
         TRAVEL_MAX

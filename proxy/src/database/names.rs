@@ -43,6 +43,7 @@ impl Database {
             let next = names.iter().filter_map(|(_, name)| name.due(ttl)).min().unwrap_or(now + BEAT);
             let next = if self.site.gate.is_shut() { now + BEAT } else { next.clamp(now + REST, now + BEAT) };
             tokio::select! {
+                // reason: an answer's age has no event; ended by the time above, by the gate, else by the process.
                 () = tokio::time::sleep_until(next.into()) => {}
                 () = &mut change => {}
             }
