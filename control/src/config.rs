@@ -3,6 +3,8 @@
 //! Invariant: a `Config` has been checked; whoever holds one checks nothing again. An error names file, key and reason,
 //! and where a key was mistyped the nearest known one.
 
+mod section;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -10,7 +12,9 @@ use std::time::Duration;
 
 use pgcutover_api::command::OnTimeout;
 use pgcutover_api::store::Name;
-use toml::{Table, Value};
+use toml::Table;
+
+use crate::config::section::{Checked, Section, Wrong, with_source, wrong};
 
 /// The hold budget a proxy has unless its configuration says otherwise; the real one is read from each proxy when it is armed.
 pub const HOLD_BUDGET_DEFAULT: Duration = Duration::from_secs(15);
@@ -207,14 +211,6 @@ pub struct ConfigError {
     pub reason: String,
 }
 
-type Checked<T> = Result<T, Wrong>;
-
-/// A key and what is wrong with it; the file is added at the end.
-struct Wrong {
-    key: String,
-    reason: String,
-}
-
 impl Config {
     /// Reads and checks a file.
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
@@ -236,7 +232,7 @@ fn read(path: &Path, text: &str) -> Checked<Config> {
     let table: Table = text
         .parse()
         .map_err(|error: toml::de::Error| wrong("-", format!("is not TOML: {}", error.to_string().trim())))?;
-    let mut root = Section { path: String::new(), table, asked: Vec::new() };
+    let mut root = Section::root(table);
     let beside = path.parent().unwrap_or(Path::new("."));
     let database = root.required("database", Section::text)?;
     let config = Config {
@@ -443,158 +439,6 @@ impl Budgets {
             ));
         }
         Ok(())
-    }
-}
-
-/// A TOML table that remembers which keys were asked for, so that the rest can be refused with a suggestion.
-struct Section {
-    path: String,
-    table: Table,
-    asked: Vec<&'static str>,
-}
-
-impl Section {
-    fn key(&self, name: &str) -> String {
-        if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
-    }
-
-    fn take(&mut self, name: &'static str) -> Option<Value> {
-        self.asked.push(name);
-        self.table.remove(name)
-    }
-
-    fn required<T>(
-        &mut self,
-        name: &'static str,
-        read: fn(&mut Section, &'static str) -> Checked<Option<T>>,
-    ) -> Checked<T> {
-        match read(self, name)? {
-            Some(value) => Ok(value),
-            None => {
-                // A mistyped key is the likelier story than a forgotten one.
-                let guess = self.table.keys().find(|key| strsim::jaro_winkler(key, name) > 0.8);
-                let hint = guess.map(|key| format!("; did '{}' mean it?", self.key(key))).unwrap_or_default();
-                Err(wrong(self.key(name), format!("is missing{hint}")))
-            }
-        }
-    }
-
-    fn text(&mut self, name: &'static str) -> Checked<Option<String>> {
-        match self.take(name) {
-            None => Ok(None),
-            Some(Value::String(text)) => Ok(Some(text)),
-            Some(other) => Err(self.mistyped(name, "a string", &other)),
-        }
-    }
-
-    fn texts(&mut self, name: &'static str) -> Checked<Option<Vec<String>>> {
-        let Some(value) = self.take(name) else { return Ok(None) };
-        let Value::Array(items) = &value else { return Err(self.mistyped(name, "a list of strings", &value)) };
-        let texts = items.iter().map(|item| item.as_str().map(str::to_owned)).collect::<Option<Vec<_>>>();
-        texts.map(Some).ok_or_else(|| self.mistyped(name, "a list of strings", &value))
-    }
-
-    fn flag(&mut self, name: &'static str) -> Checked<Option<bool>> {
-        match self.take(name) {
-            None => Ok(None),
-            Some(Value::Boolean(flag)) => Ok(Some(flag)),
-            Some(other) => Err(self.mistyped(name, "true or false", &other)),
-        }
-    }
-
-    fn integer(&mut self, name: &'static str) -> Checked<Option<u64>> {
-        match self.take(name) {
-            None => Ok(None),
-            Some(Value::Integer(number)) if number >= 0 => Ok(Some(number.unsigned_abs())),
-            Some(other) => Err(self.mistyped(name, "a number from 0 up", &other)),
-        }
-    }
-
-    fn small(&mut self, name: &'static str) -> Checked<Option<u32>> {
-        let Some(number) = self.integer(name)? else { return Ok(None) };
-        let small =
-            u32::try_from(number).map_err(|_| wrong(self.key(name), format!("{number} is more than {}", u32::MAX)))?;
-        Ok(Some(small))
-    }
-
-    /// PgBouncer's plain seconds, or a string with a unit.
-    fn duration(&mut self, name: &'static str) -> Checked<Option<Duration>> {
-        let expected = "seconds or a string with a unit such as '500ms'";
-        match self.take(name) {
-            None => Ok(None),
-            Some(Value::Integer(seconds)) if seconds >= 0 => Ok(Some(Duration::from_secs(seconds.unsigned_abs()))),
-            Some(Value::Float(seconds)) => {
-                let duration = Duration::try_from_secs_f64(seconds);
-                duration.map(Some).map_err(|_| self.mistyped(name, expected, &Value::Float(seconds)))
-            }
-            Some(Value::String(text)) => {
-                let duration = humantime::parse_duration(&text);
-                duration.map(Some).map_err(|_| self.mistyped(name, expected, &Value::String(text)))
-            }
-            Some(other) => Err(self.mistyped(name, expected, &other)),
-        }
-    }
-
-    fn choice<T: Copy>(&mut self, name: &'static str, choices: &[(&'static str, T)]) -> Checked<Option<T>> {
-        let Some(text) = self.text(name)? else { return Ok(None) };
-        if let Some((_, choice)) = choices.iter().find(|(word, _)| *word == text) {
-            return Ok(Some(*choice));
-        }
-        let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
-        let hint = suggestion(&text, &words);
-        Err(wrong(self.key(name), format!("'{text}' is not one of {}{hint}", words.join(", "))))
-    }
-
-    fn section(&mut self, name: &'static str) -> Checked<Option<Section>> {
-        match self.take(name) {
-            None => Ok(None),
-            Some(Value::Table(table)) => Ok(Some(Section { path: self.key(name), table, asked: Vec::new() })),
-            Some(other) => Err(self.mistyped(name, "a table", &other)),
-        }
-    }
-
-    fn sections(&mut self, name: &'static str) -> Checked<Vec<Section>> {
-        let Some(value) = self.take(name) else { return Ok(Vec::new()) };
-        let expected = "a list of tables, each written [[name]]";
-        let Value::Array(items) = &value else { return Err(self.mistyped(name, expected, &value)) };
-        let mut sections = Vec::new();
-        for item in items {
-            let Value::Table(table) = item else { return Err(self.mistyped(name, expected, &value)) };
-            sections.push(Section { path: self.key(name), table: table.clone(), asked: Vec::new() });
-        }
-        Ok(sections)
-    }
-
-    fn mistyped(&self, name: &str, expected: &str, found: &Value) -> Wrong {
-        wrong(self.key(name), format!("must be {expected}, is {} {found}", found.type_str()))
-    }
-
-    /// Refuses keys that nobody asked for.
-    fn finish(self) -> Checked<()> {
-        let Some(unknown) = self.table.keys().next() else { return Ok(()) };
-        let hint = suggestion(unknown, &self.asked);
-        Err(wrong(self.key(unknown), format!("is not a key{hint}")))
-    }
-}
-
-/// `; did you mean 'x'?` where one of `known` is close to `given`.
-fn suggestion(given: &str, known: &[&str]) -> String {
-    let nearest = known.iter().map(|word| (strsim::jaro_winkler(given, word), word)).max_by(|a, b| a.0.total_cmp(&b.0));
-    match nearest {
-        // Below 0.75 words that share a first letter start to match.
-        Some((likeness, word)) if likeness > 0.75 => format!("; did you mean '{word}'?"),
-        Some(_) | None => format!("; known here: {}", known.join(", ")),
-    }
-}
-
-fn wrong(key: impl Into<String>, reason: impl Into<String>) -> Wrong {
-    Wrong { key: key.into(), reason: reason.into() }
-}
-
-fn with_source(error: &dyn std::error::Error) -> String {
-    match error.source() {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
     }
 }
 
