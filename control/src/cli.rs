@@ -47,6 +47,8 @@ enum Verb {
     Resume(commands::resume::Resume),
     /// Decide the open epoch as aborted, open the fence, resume on the source.
     Abort,
+    /// Take up a run that broke off: undo it, or bring it to its end, by what the store says; tell which.
+    ResumeRun(commands::resume_run::ResumeRun),
     /// The cutover: from the first check to clients on the target.
     Cutover(commands::cutover::Cutover),
     /// Everything of a cutover that can be taken back, on the live system, then back: predicts how long clients would be held.
@@ -94,6 +96,7 @@ async fn perform(cli: Cli, printer: Printer) -> anyhow::Result<Exit> {
         Verb::Switch(switch) => switch.run(&context()?).await,
         Verb::Resume(resume) => resume.run(&context()?).await,
         Verb::Abort => commands::abort::run(&context()?).await,
+        Verb::ResumeRun(resume_run) => resume_run.run(context()?).await,
         Verb::Cutover(cutover) => cutover.run(Goal::Cutover, context()?).await,
         Verb::Rehearse(rehearsal) => rehearsal.run(Goal::Rehearsal, context()?).await,
         Verb::Report(report) => report.run(&context()?),
@@ -125,5 +128,7 @@ mod tests {
         assert!(parses("proxyctl switch --force"));
         assert!(parses("proxyctl cutover --stop-at before:fenced"));
         assert!(!parses("proxyctl cutover --stop-at fenced"));
+        assert!(parses(&format!("proxyctl resume-run {run} --without-journal")));
+        assert!(!parses("proxyctl resume-run --without-journal"));
     }
 }

@@ -378,6 +378,11 @@ pub struct Clusters {
 }
 
 impl Clusters {
+    /// Both, connected when they are first asked.
+    pub fn unconnected(source: &Endpoint, target: &Endpoint) -> Clusters {
+        Clusters { source: Cluster::new(Role::Source, source), target: Cluster::new(Role::Target, target) }
+    }
+
     /// Connects to both. The limit is [`dial::CONNECT_DEADLINE`].
     pub async fn connect(source: &Endpoint, target: &Endpoint) -> Result<Clusters, ClusterError> {
         let (source, target) =

@@ -6,10 +6,13 @@ use clap::Args;
 use pgcutover_api::command::Warrant;
 use pgcutover_api::epoch::{Claim, Epoch, RunId};
 use serde::Serialize;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 
 use crate::config::Config;
-use crate::printer::Printer;
+use crate::printer::{Exit, Printer};
 use crate::proxies::ProxyError;
+use crate::state::Ending;
 
 pub mod abort;
 pub mod completions;
@@ -20,6 +23,7 @@ pub mod plan;
 pub mod preflight;
 pub mod report;
 pub mod resume;
+pub mod resume_run;
 pub mod sessions;
 pub mod status;
 pub mod switch;
@@ -31,6 +35,33 @@ pub struct Context {
     pub config: Config,
     /// Where results go.
     pub printer: Printer,
+}
+
+impl From<Ending> for Exit {
+    fn from(ending: Ending) -> Exit {
+        match ending {
+            Ending::Committed | Ending::Rehearsed => Exit::Done,
+            Ending::Refused => Exit::Refused,
+            Ending::Aborted => Exit::Aborted,
+            Ending::Unfinished => Exit::Unfinished,
+            Ending::Undecided => Exit::Undecided,
+        }
+    }
+}
+
+/// Becomes true at Ctrl-C or SIGTERM: an orderly abort, as long as nothing is decided.
+fn interrupt(printer: Printer) -> std::io::Result<watch::Receiver<bool>> {
+    let (wanted, watch) = watch::channel(false);
+    let (mut int, mut term) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    // Ends with the process.
+    tokio::spawn(async move {
+        loop {
+            tokio::select! { _ = int.recv() => {}, _ = term.recv() => {} }
+            printer.talk("ending: an undecided cutover is aborted, a decided one is finished");
+            wanted.send_replace(true);
+        }
+    });
+    Ok(watch)
 }
 
 /// Whose pause is meant.

@@ -5,11 +5,16 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
+use clap::Args;
+use pgcutover_api::epoch::{Claim, Epoch};
 use pgcutover_api::store::Outcome;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::finding::Finding;
+use crate::journal;
 use crate::journal::JournalError;
 use crate::plan::{Goal, OnFailure, POINT_OF_NO_RETURN, Step};
 use crate::printer::Progress;
@@ -55,6 +60,20 @@ impl fmt::Display for StopAt {
     }
 }
 
+/// What tests want to happen at a moment of a run.
+#[derive(Debug, Clone, Copy, Default, Args)]
+pub struct Hooks {
+    /// Kill this process before or after a step, for tests of what is left behind.
+    #[arg(long, value_name = "before|after:STEP", hide = true)]
+    stop_at: Option<StopAt>,
+    /// Wait there for SIGUSR1, for tests that kill another process meanwhile.
+    #[arg(long, value_name = "before|after:STEP", hide = true)]
+    hold_at: Option<StopAt>,
+}
+
+/// A test that forgot its signal must not keep a run for ever.
+const HELD_MAX: Duration = Duration::from_secs(60);
+
 /// One run.
 pub struct Engine {
     /// What it acts on.
@@ -66,21 +85,15 @@ pub struct Engine {
     /// Becomes true when a person wants it to end.
     pub interrupt: watch::Receiver<bool>,
     /// For tests.
-    pub stop_at: Option<StopAt>,
+    pub hooks: Hooks,
     /// The outcome of the last step, journaled together with the next intent: one fsync for both.
     pub unwritten: Option<Event>,
 }
 
 impl Engine {
     /// A run that has not begun.
-    pub fn new(
-        scene: Scene,
-        goal: Goal,
-        progress: Progress,
-        interrupt: watch::Receiver<bool>,
-        stop_at: Option<StopAt>,
-    ) -> Engine {
-        Engine { scene, goal, progress, interrupt, stop_at, unwritten: None }
+    pub fn new(scene: Scene, goal: Goal, progress: Progress, interrupt: watch::Receiver<bool>, hooks: Hooks) -> Engine {
+        Engine { scene, goal, progress, interrupt, hooks, unwritten: None }
     }
 
     /// The whole cutover. A journal that cannot be written ends it, but never leaves clients held.
@@ -110,6 +123,33 @@ impl Engine {
     async fn journaled(&mut self) -> Result<Ending, JournalError> {
         self.begin()?;
         self.walk().await?;
+        self.finish().await
+    }
+
+    /// Takes up a run that broke off: by what the store says of its epoch it is undone or goes forward. `commit` is one that
+    /// was read where the source need not be asked: on the target.
+    pub async fn take_up(&mut self, epoch: Option<Epoch>, commit: Option<Decision>) -> Result<Ending, JournalError> {
+        self.scene.claim = epoch.map(|epoch| Claim { run: self.scene.run, epoch });
+        let ended = self.taken_up(epoch, commit).await;
+        if ended.is_err() && self.scene.claim.is_some() {
+            self.land_without_journal().await;
+        }
+        ended
+    }
+
+    async fn taken_up(&mut self, epoch: Option<Epoch>, commit: Option<Decision>) -> Result<Ending, JournalError> {
+        if self.scene.journal.state().phase == Phase::Fresh {
+            self.begin()?;
+        }
+        self.scene.journal.append([Event::Continued { epoch }])?;
+        if let (Some(outcome), None) = (commit, self.scene.journal.state().decision) {
+            self.scene.journal.append([Event::Decided { outcome }])?;
+        }
+        self.walk().await?;
+        self.finish().await
+    }
+
+    async fn finish(&mut self) -> Result<Ending, JournalError> {
         if self.goal == Goal::Rehearsal && self.scene.journal.state().phase == Phase::Between {
             self.scene.journal.append([Event::Turned])?;
         }
@@ -127,7 +167,7 @@ impl Engine {
     fn begin(&mut self) -> Result<(), JournalError> {
         let config = &self.scene.config;
         let budgets = &config.budgets;
-        let ms = |span: std::time::Duration| u64::try_from(span.as_millis()).unwrap_or(u64::MAX);
+        let ms = |span: Duration| u64::try_from(span.as_millis()).unwrap_or(u64::MAX);
         let budgets_ms = [
             ("drain", budgets.drain),
             ("lease", budgets.lease),
@@ -146,6 +186,8 @@ impl Engine {
             proxies: config.proxies.iter().map(|proxy| proxy.name.clone()).collect(),
             budgets_ms: budgets_ms.map(|(name, span)| (name.to_owned(), ms(span))).to_vec(),
             proxyctl_version: env!("CARGO_PKG_VERSION").to_owned(),
+            by: journal::whoami(),
+            config: config.digest(),
         };
         self.scene.journal.append([Event::Began(began)])
     }
@@ -174,11 +216,12 @@ impl Engine {
         let intent = self.unwritten.take().into_iter().chain([Event::Started { step }]);
         self.scene.journal.append(intent.collect::<Vec<_>>())?;
         self.progress.now(&format!("{step}: {}", step.purpose()));
-        self.crash_if_told(Moment::Before, step);
+        self.hook(Moment::Before, step).await;
         let began = tokio::time::Instant::now();
         let outcome = self.act(step).await;
-        self.crash_if_told(Moment::After, step);
-        let ms = began.elapsed().as_secs_f64() * 1000.0;
+        let taken = began.elapsed();
+        self.hook(Moment::After, step).await;
+        let ms = taken.as_secs_f64() * 1000.0;
         match outcome {
             Ok(facts) => {
                 self.progress.done(&format!("{step:<13}{ms:>10.1} ms"));
@@ -320,9 +363,7 @@ impl Engine {
     fn ending(&self) -> Ending {
         let state = self.scene.journal.state();
         match (state.phase, state.decision) {
-            (Phase::Aborting, Some(Decision::Abort)) if self.goal == Goal::Rehearsal && state.failed.is_empty() => {
-                Ending::Rehearsed
-            }
+            (Phase::Aborting, Some(Decision::Abort)) if state.is_rehearsed() => Ending::Rehearsed,
             (Phase::Aborting, Some(Decision::Abort)) => Ending::Aborted,
             (Phase::Aborting, _) if self.scene.claim.is_some() || self.scene.open_is_unknown => Ending::Undecided,
             (Phase::Aborting, _) => Ending::Refused,
@@ -331,17 +372,21 @@ impl Engine {
         }
     }
 
-    fn crash_if_told(&self, moment: Moment, step: Step) {
-        if self.stop_at == Some(StopAt { moment, step }) {
+    async fn hook(&self, moment: Moment, step: Step) {
+        let here = Some(StopAt { moment, step });
+        if self.hooks.stop_at == here {
             std::process::abort();
+        }
+        if self.hooks.hold_at == here {
+            // Heard from before it is told that somebody listens.
+            let Ok(mut go_on) = signal(SignalKind::user_defined1()) else { return };
+            self.progress.say(&format!("held {}", StopAt { moment, step }));
+            let _ = tokio::time::timeout(HELD_MAX, go_on.recv()).await;
         }
     }
 }
 
-async fn within(
-    limit: std::time::Duration,
-    step: impl Future<Output = Result<Facts, StepError>>,
-) -> Result<Facts, StepError> {
+async fn within(limit: Duration, step: impl Future<Output = Result<Facts, StepError>>) -> Result<Facts, StepError> {
     tokio::time::timeout(limit, step)
         .await
         .unwrap_or_else(|_| Err(StepError::plain(format!("not done within {limit:?}"))))

@@ -3,7 +3,7 @@
 //! # Life of a cutover
 //! [`cli`] reads what was typed, [`commands`] picks the work, [`engine`] walks the steps of [`plan`]: the intent goes to the
 //! [`journal`], the step of [`steps`] acts on [`clusters`] and [`proxies`], the outcome goes to the journal; [`state`] says
-//! which event may follow which. Before the decision every failure ends with `decide(abort)` and traffic on the source;
+//! which event may follow which; [`standing`] says what the store knows of a run that broke off. Before the decision every failure ends with `decide(abort)` and traffic on the source;
 //! after it everything goes forward. [`report`] is folded from the journal alone.
 //!
 //! Invariant: the list below is the order of the layers; a module uses only modules below it.
@@ -15,6 +15,7 @@ pub mod steps;
 pub mod preflight;
 pub mod report;
 pub mod journal;
+pub mod standing;
 pub mod state;
 pub mod plan;
 pub mod clusters;

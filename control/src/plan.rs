@@ -68,8 +68,9 @@ impl Goal {
         Step::ALL.into_iter().find(|step| Some(*step) > last && self.takes(*step))
     }
 
-    /// Sequences of the target are not set for a rehearsal, and it never decides for the target.
-    fn takes(self, step: Step) -> bool {
+    /// Whether a run with this goal takes the step: sequences of the target are not set for a rehearsal, and it never decides
+    /// for the target.
+    pub fn takes(self, step: Step) -> bool {
         match self {
             Goal::Cutover => true,
             Goal::Rehearsal => step < POINT_OF_NO_RETURN && step != Step::Durable,

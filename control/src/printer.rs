@@ -144,6 +144,11 @@ pub struct Progress {
 }
 
 impl Progress {
+    /// A line on stderr, display or not.
+    pub fn say(&self, line: &str) {
+        let _ = writeln!(stderr().lock(), "{line}");
+    }
+
     /// Something is about to happen.
     pub fn now(&self, line: &str) {
         if let Some(bar) = &self.bar {

@@ -192,7 +192,11 @@ impl Report {
                 self.observations.push(observation);
             }
             // Known from the state.
-            Event::Opened { .. } | Event::Decided { .. } | Event::Turned | Event::Ended { .. } => {}
+            Event::Opened { .. }
+            | Event::Decided { .. }
+            | Event::Turned
+            | Event::Continued { .. }
+            | Event::Ended { .. } => {}
         }
     }
 
@@ -206,7 +210,8 @@ impl Report {
     }
 
     fn line(&mut self, step: Step) -> Option<&mut StepLine> {
-        self.steps.iter_mut().find(|line| line.name == step)
+        // A step that was taken again, after its run broke off, counts as it was the last time.
+        self.steps.iter_mut().rfind(|line| line.name == step)
     }
 
     fn ended(&mut self, step: Step, at_us: u64, how: impl FnOnce(&mut StepLine)) {
@@ -244,11 +249,14 @@ impl Report {
                 format!("decided for {}, not confirmed everywhere: what is missing follows by itself", self.target)
             }
             Ending::Undecided if self.ended => {
-                format!("undecided: clients are held until {} answers; run 'proxyctl abort' when it does", self.source)
+                format!(
+                    "undecided: clients are held until {} answers; run 'proxyctl resume-run' when it does",
+                    self.source
+                )
             }
             Ending::Undecided => {
                 "undecided as far as the journal goes: when the leases end the proxies decide and follow; \
-                                  'proxyctl abort' ends it at once, 'proxyctl status' tells the outcome"
+                                  'proxyctl resume-run' ends it at once, 'proxyctl status' tells the outcome"
                     .to_owned()
             }
         };
@@ -331,6 +339,8 @@ pub(crate) mod tests {
             proxies: vec!["p1".into(), "<script>alert(1)</script>".into()],
             budgets_ms: vec![("drain".into(), 2000)],
             proxyctl_version: "0.1.0".into(),
+            by: "ops@db1, pid 7".into(),
+            config: "3f".into(),
         })];
         for step in Step::ALL {
             events.push(Event::Started { step });

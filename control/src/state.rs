@@ -102,6 +102,12 @@ pub struct Began {
     pub budgets_ms: Vec<(String, u64)>,
     /// proxyctl's own version.
     pub proxyctl_version: String,
+    /// Who started it: user, host and process.
+    #[serde(default)]
+    pub by: String,
+    /// A digest of the configuration file's text, to tell whether two runs were asked the same.
+    #[serde(default)]
+    pub config: String,
 }
 
 /// One line of a journal.
@@ -141,6 +147,12 @@ pub enum Event {
     },
     /// A rehearsal has seen everything and goes back.
     Turned,
+    /// Somebody takes up a run that broke off, or that ended with something left to do. The store counts, not the journal's
+    /// end, which a crash may have lost: whatever a step before the decision could have done is held to be there.
+    Continued {
+        /// The epoch that the store opened for the run; none if it opened none.
+        epoch: Option<Epoch>,
+    },
     /// What a step did was taken back.
     Undone {
         /// Which.
@@ -187,6 +199,9 @@ pub enum Phase {
     Ended(Ending),
 }
 
+/// The last step that only looks.
+const BEFORE_THE_DECISION: Step = Step::Checked;
+
 /// Where a run stands.
 #[derive(Debug, Clone, PartialEq)]
 pub struct State {
@@ -202,6 +217,10 @@ pub struct State {
     pub touched: Vec<Step>,
     /// Steps that failed, in order.
     pub failed: Vec<Step>,
+    /// Steps that could not be taken back.
+    pub stuck: Vec<Step>,
+    /// Whether it was taken up after it broke off.
+    pub is_continued: bool,
 }
 
 impl Default for State {
@@ -213,6 +232,8 @@ impl Default for State {
             decision: None,
             touched: Vec::new(),
             failed: Vec::new(),
+            stuck: Vec::new(),
+            is_continued: false,
         }
     }
 }
@@ -258,7 +279,8 @@ impl State {
             }
             (Event::Turned, Between) if self.may_turn() => Ok(self.in_phase(Aborting)),
             (Event::Undone { step }, Aborting) if self.may_undo(*step) => Ok(self.undone(*step)),
-            (Event::UndoFailed { step, .. }, Aborting) if self.may_undo(*step) => Ok(self),
+            (Event::UndoFailed { step, .. }, Aborting) if self.may_undo(*step) => Ok(self.stuck_at(*step)),
+            (Event::Continued { epoch }, _) if self.may_continue(*epoch) => Ok(self.continued(*epoch)),
             (Event::Found { .. } | Event::Observed { .. }, Between | Running(_) | Aborting) => Ok(self),
             (Event::Ended { ending }, Between | Aborting) if self.may_end(*ending) => Ok(self.in_phase(Ended(*ending))),
             _ => Err(self.refuses(event)),
@@ -267,9 +289,23 @@ impl State {
 
     /// The step that comes next, if the plan goes on.
     pub fn next_step(&self) -> Option<Step> {
-        // A commit that somebody else recorded goes forward, whatever the run was for.
-        let goal = if self.decision == Some(Decision::Commit) { Goal::Cutover } else { self.goal };
-        goal.step_after(self.touched.last().copied())
+        let last = self.touched.last().copied();
+        if self.decision == Some(Decision::Commit) {
+            // Whatever the run was for and had begun: what follows a commit is its evidence, then the rest of the plan.
+            return Goal::Cutover.step_after(last.max(Some(BEFORE_THE_DECISION)));
+        }
+        self.goal.step_after(last)
+    }
+
+    /// Whether nothing is left to do for the run, as far as its journal tells.
+    pub fn is_over(&self) -> bool {
+        match self.phase {
+            Phase::Fresh => true,
+            Phase::Between | Phase::Running(_) | Phase::Aborting => false,
+            Phase::Ended(Ending::Committed | Ending::Refused) => true,
+            Phase::Ended(Ending::Unfinished | Ending::Undecided) => false,
+            Phase::Ended(Ending::Aborted | Ending::Rehearsed) => self.stuck.is_empty(),
+        }
     }
 
     fn may_turn(&self) -> bool {
@@ -277,8 +313,8 @@ impl State {
     }
 
     /// A rehearsal in which nothing failed.
-    fn is_rehearsed(&self) -> bool {
-        self.goal == Goal::Rehearsal && self.failed.is_empty()
+    pub fn is_rehearsed(&self) -> bool {
+        self.goal == Goal::Rehearsal && self.failed.is_empty() && !self.is_continued
     }
 
     fn may_start(&self, step: Step) -> bool {
@@ -313,7 +349,10 @@ impl State {
     fn may_end(&self, ending: Ending) -> bool {
         let aborting = self.phase == Phase::Aborting;
         match ending {
-            Ending::Committed => !aborting && self.touched.last() == Some(&Step::Resumed) && self.failed.is_empty(),
+            Ending::Committed => {
+                let forward = !aborting && self.decision == Some(Decision::Commit);
+                forward && self.next_step().is_none() && self.failed.is_empty()
+            }
             Ending::Unfinished => !aborting && self.decision == Some(Decision::Commit) && !self.failed.is_empty(),
             Ending::Aborted => aborting && self.decision == Some(Decision::Abort) && !self.is_rehearsed(),
             Ending::Rehearsed => aborting && self.decision == Some(Decision::Abort) && self.is_rehearsed(),
@@ -322,7 +361,8 @@ impl State {
             // failure and may find nobody to record its abort.
             Ending::Undecided => {
                 let held = self.failed.iter().any(|step| step.holds_clients());
-                aborting && self.decision.is_none() && (held || self.is_rehearsed() && self.epoch.is_some())
+                let opened = self.epoch.is_some() && (self.is_rehearsed() || self.is_continued);
+                aborting && self.decision.is_none() && (held || opened)
             }
         }
     }
@@ -348,9 +388,8 @@ impl State {
         match outcome {
             Decision::Abort => self,
             Decision::Commit => {
-                if self.touched.last() < Some(&POINT_OF_NO_RETURN) {
-                    self.touched.push(POINT_OF_NO_RETURN);
-                }
+                // The step of the decision is taken again: its evidence comes before any switch (R10).
+                self.touched.retain(|step| *step < POINT_OF_NO_RETURN);
                 self.in_phase(Phase::Between)
             }
         }
@@ -358,7 +397,44 @@ impl State {
 
     fn undone(mut self, step: Step) -> State {
         self.touched.retain(|touched| *touched != step);
+        self.stuck.retain(|stuck| *stuck != step);
         self
+    }
+
+    fn stuck_at(mut self, step: Step) -> State {
+        if !self.stuck.contains(&step) {
+            self.stuck.push(step);
+        }
+        self
+    }
+
+    fn may_continue(&self, epoch: Option<Epoch>) -> bool {
+        let begun = match self.phase {
+            Phase::Fresh | Phase::Ended(Ending::Committed) => false,
+            Phase::Ended(Ending::Refused) => epoch.is_some(),
+            Phase::Between | Phase::Running(_) | Phase::Aborting | Phase::Ended(_) => true,
+        };
+        begun && (self.epoch.is_none() || self.epoch == epoch)
+    }
+
+    /// Forward from the first step after the decision that was not finished, or back over everything before it.
+    fn continued(mut self, epoch: Option<Epoch>) -> State {
+        let forward = self.decision == Some(Decision::Commit);
+        if forward {
+            let running = if let Phase::Running(step) = self.phase { Some(step) } else { None };
+            let unfinished = self.failed.iter().copied().chain(running);
+            if let Some(first) = unfinished.filter(|step| *step >= POINT_OF_NO_RETURN).min() {
+                self.touched.retain(|step| *step < first);
+            }
+        } else if epoch.is_some() {
+            let before = |step: &Step| *step < POINT_OF_NO_RETURN && self.goal.takes(*step);
+            self.touched = Step::ALL.into_iter().filter(before).collect();
+        }
+        self.epoch = epoch;
+        self.is_continued = true;
+        self.failed.clear();
+        self.stuck.clear();
+        self.in_phase(if forward { Phase::Between } else { Phase::Aborting })
     }
 
     fn refuses(&self, event: &Event) -> IllegalEvent {
@@ -390,6 +466,8 @@ mod tests {
             proxies: vec!["p1".into()],
             budgets_ms: Vec::new(),
             proxyctl_version: "0".into(),
+            by: "ops@db1, pid 7".into(),
+            config: "0".into(),
         })
     }
 
@@ -485,9 +563,42 @@ mod tests {
             Event::Decided { outcome: Decision::Commit },
         ]);
         let state = State::replay(&events).unwrap();
-        assert_eq!(state.next_step(), Some(Step::Switched));
+        // Its evidence comes before any switch.
+        assert_eq!(state.next_step(), Some(Step::Decided));
         assert!(state.clone().next(&Event::Undone { step: Step::Paused }).is_err());
+        assert!(state.clone().next(&Event::Started { step: Step::Switched }).is_err());
+        let state = state.next(&Event::Started { step: Step::Decided }).unwrap();
+        let state = state.next(&finished(Step::Decided)).unwrap();
         assert!(state.next(&Event::Started { step: Step::Switched }).is_ok());
+    }
+
+    #[test]
+    fn a_run_is_taken_up_where_it_broke_off_after_a_commit_and_undone_whole_before_it() {
+        let mut events = happy(Step::Switched);
+        events.pop();
+        let seven = Event::Continued { epoch: Some(epoch(7)) };
+        let state = State::replay(&events).unwrap().next(&seven).unwrap();
+        assert_eq!((state.phase, state.next_step()), (Phase::Between, Some(Step::Switched)));
+        for last in Step::ALL.into_iter().filter(|step| (Step::Paused..POINT_OF_NO_RETURN).contains(step)) {
+            let state = State::replay(&happy(last)).unwrap().next(&seven).unwrap();
+            assert_eq!(state.phase, Phase::Aborting);
+            // The end of the journal may be lost: whatever comes before the decision may have been done.
+            assert_eq!(state.touched.last(), Some(&Step::Checked));
+            assert!(state.clone().next(&Event::Undone { step: Step::Paused }).is_err());
+            assert!(state.next(&Event::Ended { ending: Ending::Aborted }).is_err());
+        }
+        let other = Event::Continued { epoch: Some(epoch(8)) };
+        assert!(State::replay(&happy(Step::Fenced)).unwrap().next(&other).is_err());
+        assert!(State::default().next(&seven).is_err());
+    }
+
+    #[test]
+    fn a_rehearsal_that_was_taken_up_measured_nothing() {
+        let state = State::replay(&happy_for(Goal::Rehearsal, Step::Checked)).unwrap();
+        let state = state.next(&Event::Continued { epoch: Some(epoch(7)) }).unwrap();
+        let state = state.next(&Event::Decided { outcome: Decision::Abort }).unwrap();
+        assert!(state.clone().next(&Event::Ended { ending: Ending::Rehearsed }).is_err());
+        assert!(state.next(&Event::Ended { ending: Ending::Aborted }).is_ok());
     }
 
     #[test]
@@ -523,6 +634,7 @@ mod tests {
         prop_oneof![
             Just(began()),
             Just(Event::Turned),
+            prop::option::of(1..9u64).prop_map(|number| Event::Continued { epoch: number.map(epoch) }),
             step.clone().prop_map(|step| Event::Started { step }),
             (1..9u64).prop_map(|number| Event::Opened { epoch: epoch(number) }),
             step.clone().prop_map(finished),
@@ -535,6 +647,27 @@ mod tests {
     }
 
     proptest! {
+        /// From nothing, and by events in any order: no panic, no decision that nobody told, no step before the one it follows.
+        #[test]
+        fn no_sequence_of_events_claims_what_was_not_told(events in prop::collection::vec(any_event(), 0..80)) {
+            let mut state = State::default();
+            let mut told = Vec::new();
+            for event in events {
+                let Ok(after) = state.clone().next(&event) else { continue };
+                told.push(event);
+                let decided = |wanted| told.contains(&Event::Decided { outcome: wanted });
+                prop_assert!(after.decision.is_none_or(decided));
+                prop_assert_eq!(&State::replay(&told).unwrap(), &after, "a replay is where the run stood");
+                if let Phase::Running(step) = after.phase {
+                    for earlier in Step::ALL.into_iter().filter(|earlier| *earlier < step && after.goal.takes(*earlier)) {
+                        let started = told.contains(&Event::Started { step: earlier });
+                        prop_assert!(started || after.is_continued, "{} before {}", step, earlier);
+                    }
+                }
+                state = after;
+            }
+        }
+
         /// Whatever is thrown at it after any prefix of a good run: the promises hold in every state it reaches.
         #[test]
         fn no_sequence_of_legal_events_breaks_a_promise(
@@ -551,8 +684,22 @@ mod tests {
                 let Ok(after) = state.clone().next(&event) else { continue };
                 prop_assert!(before.decision.is_none() || after.decision == before.decision, "a decision never changes");
                 prop_assert!(before.epoch.is_none() || after.epoch == before.epoch, "an epoch never changes");
-                if after.touched.len() < before.touched.len() {
+                if matches!(event, Event::Undone { .. }) {
                     prop_assert!(after.epoch.is_none() || after.decision == Some(Decision::Abort), "undone before the abort");
+                }
+                if let Event::Started { step } = event {
+                    prop_assert_eq!(before.next_step(), Some(step));
+                    prop_assert!(step <= POINT_OF_NO_RETURN || before.decision == Some(Decision::Commit));
+                }
+                if after.decision == Some(Decision::Abort) {
+                    prop_assert!(!matches!(after.phase, Phase::Running(step) if step > POINT_OF_NO_RETURN));
+                }
+                if after.decision == Some(Decision::Commit) && after.phase == Phase::Between {
+                    // Forward, and nothing of it left out.
+                    let taken = after.touched.iter().filter(|step| **step >= POINT_OF_NO_RETURN);
+                    let next = after.next_step();
+                    prop_assert!(taken.clone().all(|step| next.is_none_or(|next| *step < next)));
+                    prop_assert!(next.is_some() || taken.count() == Step::ALL.iter().filter(|step| **step >= POINT_OF_NO_RETURN).count());
                 }
                 if matches!(after.phase, Phase::Running(step) if step > POINT_OF_NO_RETURN) {
                     prop_assert_eq!(after.decision, Some(Decision::Commit));

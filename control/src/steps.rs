@@ -14,7 +14,7 @@ use crate::config::Config;
 use crate::finding::Finding;
 use crate::journal::Journal;
 use crate::plan::Step;
-use crate::proxies::{Fleet, Leases, ProxyErrors};
+use crate::proxies::{Fleet, Leases, ProxyError, ProxyErrors};
 use crate::state::{Event, Facts};
 
 pub mod armed;
@@ -61,9 +61,32 @@ pub struct Scene {
     pub leases: Option<Leases>,
     /// Beats from `armed` on.
     pub heartbeat: Option<heartbeat::Heartbeat>,
+    /// Proxies that could not be reached when a broken-off run was taken up.
+    pub absent: Vec<ProxyError>,
 }
 
 impl Scene {
+    /// Nobody is connected yet: what cannot be reached belongs into the report.
+    pub fn new(config: Config, journal: Journal, run: RunId) -> Scene {
+        let clusters = Clusters::unconnected(&config.source.endpoint, &config.target.endpoint);
+        Scene {
+            run,
+            database: config.route.clone(),
+            decider: clusters.source.another(),
+            clusters,
+            identities: None,
+            catalogue: None,
+            fleet: Fleet::none(),
+            journal,
+            claim: None,
+            open_is_unknown: false,
+            leases: None,
+            heartbeat: None,
+            absent: Vec::new(),
+            config,
+        }
+    }
+
     /// Route, run and epoch, for the store.
     pub fn turn(&self) -> Result<Turn, StepError> {
         let claim = self.claim.ok_or_else(|| StepError::plain("no epoch is open"))?;

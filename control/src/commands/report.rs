@@ -1,16 +1,16 @@
-//! `proxyctl report RUN`: rebuilds a run's report from its journal.
+//! `proxyctl report RUN`: rebuilds a run's report from its journal; and what every run tells at its end.
 //!
 //! Invariant: reads the journal only; asks no server and no proxy.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::Args;
 use pgcutover_api::epoch::RunId;
 
 use crate::commands::Context;
-use crate::journal;
-use crate::printer::Exit;
+use crate::journal::{self, Journal};
+use crate::printer::{Exit, Printer};
 use crate::report::samples::Samples;
 use crate::report::{self, html};
 
@@ -40,4 +40,18 @@ impl Report {
         context.printer.data(&report);
         Ok(Exit::Done)
     }
+}
+
+/// Tells how a run ended that this process took part in, and writes its page; the exit code of that ending.
+pub fn tell(printer: Printer, journal: &Journal, page: Option<PathBuf>, clients: Option<&Path>) -> Exit {
+    let mut report = report::Report::fold(journal.path(), journal.records(), journal.state());
+    let page = page.unwrap_or_else(|| journal.path().with_extension("html"));
+    let samples = clients.map(Samples::load).transpose().map_err(anyhow::Error::from);
+    match samples.and_then(|samples| Ok(html::write(&page, &report, &samples.unwrap_or_default())?)) {
+        Ok(()) => report.report_html = Some(page),
+        // The run is what counts: a page that cannot be written is told.
+        Err(error) => printer.talk(format_args!("proxyctl: no report page: {error:#}")),
+    }
+    printer.data(&report);
+    report.outcome.into()
 }

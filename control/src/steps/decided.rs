@@ -22,18 +22,27 @@ const WITNESS_PATIENCE: Duration = Duration::from_secs(2);
 /// Decides for the target, and leaves the evidence there.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     let turn = scene.turn()?;
-    match decide(scene, Outcome::Commit).await? {
-        Decision::Commit => scene.journal.append([Event::Decided { outcome: Decision::Commit }])?,
+    // A run that was taken up after its commit knows the answer; what may be missing is the evidence.
+    let known = scene.journal.state().decision == Some(Decision::Commit);
+    if !known {
+        let decision = decide(scene, Outcome::Commit).await?;
+        confirmed(scene, decision)?;
+    }
+    evidence(scene, &turn).await?;
+    Ok(Facts::new().with("outcome", "commit").with("epoch", turn.claim.epoch.as_u64()))
+}
+
+fn confirmed(scene: &mut Scene, decision: Decision) -> Result<(), StepError> {
+    match decision {
+        Decision::Commit => Ok(scene.journal.append([Event::Decided { outcome: Decision::Commit }])?),
         Decision::Abort => {
             scene.journal.append([Event::Decided { outcome: Decision::Abort }])?;
             let fix =
                 "see which lease ended: the network between proxyctl and the proxies, or renew and lease too close";
             let problem = "a proxy's lease ended first: the epoch was aborted before it could be committed";
-            return Err(StepError::found(problem, vec![Finding::red("decided", &scene.config.database, problem, fix)]));
+            Err(StepError::found(problem, vec![Finding::red("decided", &scene.config.database, problem, fix)]))
         }
     }
-    evidence(scene, &turn).await?;
-    Ok(Facts::new().with("outcome", "commit").with("epoch", turn.claim.epoch.as_u64()))
 }
 
 /// The outcome of the epoch, whoever decided it; asks for `want` where nobody has.
@@ -46,7 +55,7 @@ pub async fn decide(scene: &Scene, want: Outcome) -> Result<Decision, StepError>
             Err(DecideError::Unknown(_)) if tokio::time::Instant::now() < until => {}
             Err(error) => {
                 let fix = format!(
-                    "bring {} back, then run 'proxyctl abort': it asks for the outcome and acts by it",
+                    "bring {} back, then run 'proxyctl resume-run': it asks for the outcome and acts by it ('proxyctl abort' does so from any machine)",
                     scene.config.source.backend
                 );
                 let finding = Finding::red("decided", &scene.config.source.backend, error.to_string(), fix);

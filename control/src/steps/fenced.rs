@@ -3,7 +3,7 @@
 //! Invariant: fence before catch-up, never after. The flip is conditional on the epoch being this run's and open (R3); the
 //! barrier counts locks (R5).
 
-use pgcutover_api::store::GateForm;
+use pgcutover_api::store::{GateForm, SQLSTATE_WRONG_EPOCH};
 
 use crate::clusters::{BarrierError, Ungated};
 use crate::finding::Finding;
@@ -44,8 +44,12 @@ fn explain(error: &BarrierError) -> StepError {
 
 /// Opens the gate again. The gate lets writes pass from the moment the abort is visible; this makes it cheap again.
 pub async fn undo(scene: &Scene) -> Result<Undo, StepError> {
-    scene.clusters.source.unfence(&scene.turn()?, STEP_DEADLINE).await?;
-    Ok(Undo::Done)
+    match scene.clusters.source.unfence(&scene.turn()?, STEP_DEADLINE).await {
+        Ok(()) => Ok(Undo::Done),
+        // The abort is decided, so this says that a newer epoch has been opened since: the gate is that one's.
+        Err(error) if error.sqlstate() == Some(SQLSTATE_WRONG_EPOCH) => Ok(Undo::Nothing),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// The gate is shut at this epoch, no table is without it, nothing is prepared.

@@ -7,12 +7,12 @@ use std::time::Duration;
 use pgcutover_api::command::{Command, PrepareSwitch};
 use pgcutover_api::rows::{BackendRow, PrepareRow, Verdict as Answer};
 
-use crate::clusters::Clusters;
+use crate::clusters::{ClusterError, Clusters};
 use crate::config::Config;
 use crate::finding::Finding;
 use crate::preflight::{self, Control, Inquiry, Limits, LoginVerdict, OidChange, ProxyBackend, ProxyFacts, Verdict};
 use crate::proxies::{Fleet, Proxy, ProxyError};
-use crate::steps::{StepError, transplanted};
+use crate::steps::{StepError, paused, transplanted};
 
 /// One question of preflight: catalogues of thousands of tables take a second.
 const QUESTION: Duration = Duration::from_secs(15);
@@ -40,11 +40,27 @@ pub async fn inspect(config: &Config, clusters: &Clusters, fleet: &Fleet) -> Res
     };
     let facts = preflight::gather(clusters, &inquiry).await?;
     let mut findings = preflight::checks(&facts);
+    findings.extend(somebody_at_work(config, clusters).await?);
     // PREPARE SWITCH has looked at them.
     for (proxy, sessions) in fleet.all(|proxy| proxy.sessions(&config.database)).await? {
         findings.extend(transplanted::tied(proxy, &sessions));
     }
     Ok(findings)
+}
+
+/// The store is the lock that counts, also between machines: while an epoch is open nobody opens another.
+async fn somebody_at_work(config: &Config, clusters: &Clusters) -> Result<Option<Finding>, ClusterError> {
+    if !clusters.source.installed(QUESTION).await? {
+        return Ok(None);
+    }
+    let view = clusters.source.view(&config.route, QUESTION).await?;
+    Ok(view.open.map(|open| {
+        let problem = format!(
+            "epoch {} of run {} to {} is open: a cutover is under way, or its proxyctl died",
+            open.epoch, open.run, open.target
+        );
+        Finding::red("lock", &config.database, problem, paused::OPEN_FIX)
+    }))
 }
 
 async fn of_proxy(config: &Config, proxy: &Proxy) -> Result<ProxyFacts, ProxyError> {

@@ -85,12 +85,15 @@ async fn opened_after_all(scene: &mut Scene, error: ClusterError) -> Result<Epoc
     }
 }
 
+/// What to do about an epoch that is open already.
+pub const OPEN_FIX: &str = "if the proxyctl of that run lives, wait for it; if it died, 'proxyctl resume-run' where its \
+     journal is, or 'proxyctl abort' anywhere; its leases end it in seconds too";
+
 fn refused(scene: &Scene, error: ClusterError) -> StepError {
     if error.sqlstate() != Some(SQLSTATE_UNDECIDED) {
         return error.into();
     }
-    let fix = "run 'proxyctl abort': it decides the epoch that an earlier run left open";
-    let finding = Finding::red("paused", &scene.config.database, error.to_string(), fix);
+    let finding = Finding::red("paused", &scene.config.database, error.to_string(), OPEN_FIX);
     StepError::found(error.to_string(), vec![finding])
 }
 
@@ -179,20 +182,22 @@ pub async fn undo(scene: &Scene) -> Result<Undo, StepError> {
             missed.push(error);
         }
     }
-    let still_held = held(scene, missed).await;
+    let mut still_held = held(scene, missed).await;
+    still_held.extend(scene.absent.iter().cloned());
     if still_held.is_empty() { Ok(Undo::Done) } else { Err(StepError::from(ProxyErrors(still_held))) }
 }
 
-/// A proxy that refused because it is open already has done what was wanted: its lease ended, or it never paused.
+/// A proxy that refused because it is open already has done what was wanted: its lease ended, or it never paused. One that
+/// somebody else has paused since is not ours to resume.
 async fn held(scene: &Scene, missed: Vec<crate::proxies::ProxyError>) -> Vec<crate::proxies::ProxyError> {
     let mut still = Vec::new();
     for error in missed {
         let proxy = scene.fleet.iter().find(|proxy| proxy.name() == error.proxy);
-        let open = match proxy {
-            Some(proxy) => proxy.gate(&scene.config.database).await.is_ok_and(|gate| gate.state == GateState::Open),
-            None => false,
+        let gate = match proxy {
+            Some(proxy) => proxy.gate(&scene.config.database).await.ok(),
+            None => None,
         };
-        if !open {
+        if !gate.is_some_and(|gate| gate.state == GateState::Open || gate.run != Some(scene.run)) {
             still.push(error);
         }
     }

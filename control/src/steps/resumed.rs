@@ -29,7 +29,8 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     if let Some(leases) = scene.leases.take() {
         leases.stop().await;
     }
-    let missed = stragglers(scene, all).await;
+    let mut missed = stragglers(scene, all).await;
+    missed.extend(scene.absent.iter().cloned());
     if !missed.is_empty() {
         return Err(switched::told(missed));
     }

@@ -28,7 +28,11 @@ mod stand;
 #[cfg(test)]
 mod pause;
 #[cfg(test)]
+mod theatre;
+#[cfg(test)]
 mod faults;
+#[cfg(test)]
+mod resume_run;
 #[cfg(test)]
 mod house;
 #[cfg(test)]

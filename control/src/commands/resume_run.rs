@@ -1,0 +1,240 @@
+//! `proxyctl resume-run`: takes up a run that broke off, undoes it or brings it to its end, and says which.
+//!
+//! Invariant: what the store says decides, not the journal; nothing is done for a run whose proxyctl may be alive.
+
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::Args;
+use pgcutover_api::epoch::RunId;
+use pgcutover_api::store::StoreView;
+
+use crate::clusters::{Cluster, ClusterError, Clusters};
+use crate::commands::{Context, interrupt, report};
+use crate::config::Config;
+use crate::engine::{Engine, Hooks};
+use crate::journal::{self, Journal, JournalError};
+use crate::plan::Goal;
+use crate::printer::{Exit, Printer};
+use crate::proxies::Fleet;
+use crate::standing::{Standing, Views};
+use crate::state::{Began, Decision, Event, Phase};
+use crate::steps::{STEP_DEADLINE, Scene};
+
+/// Which run, and by what.
+#[derive(Debug, Args)]
+pub struct ResumeRun {
+    /// The run (default: the one whose epoch is open, else the last one in the journals that broke off).
+    run: Option<RunId>,
+    /// Its journal is lost or damaged: act on what the store says alone. Be sure that its proxyctl is dead.
+    #[arg(long, requires = "run")]
+    without_journal: bool,
+    /// Write the HTML page there (default: beside the journal).
+    #[arg(long, value_name = "FILE.html")]
+    report: Option<PathBuf>,
+    #[command(flatten)]
+    hooks: Hooks,
+}
+
+/// What both stores say, and why one does not.
+struct Survey {
+    source: Result<StoreView, ClusterError>,
+    target: Result<StoreView, ClusterError>,
+}
+
+impl Survey {
+    async fn take(config: &Config) -> Survey {
+        let clusters = Clusters::unconnected(&config.source.endpoint, &config.target.endpoint);
+        let (source, target) = tokio::join!(view(config, &clusters.source), view(config, &clusters.target));
+        Survey { source, target }
+    }
+
+    fn views(&self) -> Views<'_> {
+        Views { source: self.source.as_ref().ok(), target: self.target.as_ref().ok() }
+    }
+
+    fn open(&self) -> Option<RunId> {
+        self.source.as_ref().ok()?.open.as_ref().map(|open| open.run)
+    }
+}
+
+async fn view(config: &Config, cluster: &Cluster) -> Result<StoreView, ClusterError> {
+    if cluster.installed(STEP_DEADLINE).await? {
+        cluster.view(&config.route, STEP_DEADLINE).await
+    } else {
+        Ok(StoreView::default())
+    }
+}
+
+impl ResumeRun {
+    /// Finds the run, asks the store, acts.
+    pub async fn run(self, context: Context) -> anyhow::Result<Exit> {
+        let Context { config, printer } = context;
+        let survey = Survey::take(&config).await;
+        let found = self.run.or_else(|| survey.open());
+        let Some(run) = found.map_or_else(|| broken_off(&config, printer), |run| Ok(Some(run)))? else {
+            printer.talk(format_args!(
+                "proxyctl: nothing to take up: no epoch of {} is open, no run broke off",
+                config.database
+            ));
+            return Ok(Exit::Done);
+        };
+        match self.journal(&config, run) {
+            Ok(journal) => self.take_up(config, printer, journal, run).await,
+            Err(JournalError::Io { error, path }) if error.kind() == std::io::ErrorKind::NotFound => {
+                let standing = Standing::of(run, None, survey.views());
+                printer.talk(format_args!("proxyctl: {}", lost(&config, run, &path, standing)));
+                Ok(Exit::Refused)
+            }
+            Err(error @ (JournalError::Locked { .. } | JournalError::Damaged { .. })) => {
+                let standing = Standing::of(run, None, survey.views());
+                printer.talk(format_args!("proxyctl: run {run}: {standing}; {error}"));
+                Ok(Exit::Refused)
+            }
+            Err(JournalError::Empty { path }) => {
+                printer.talk(format_args!("proxyctl: {}", JournalError::Empty { path }));
+                Ok(Exit::Done)
+            }
+            Err(error @ (JournalError::Io { .. } | JournalError::Illegal(_))) => Err(error.into()),
+        }
+    }
+
+    fn journal(&self, config: &Config, run: RunId) -> Result<Journal, JournalError> {
+        let (dir, database) = (&config.journal_dir, &config.database);
+        if !self.without_journal {
+            return Journal::reopen(dir, database, run);
+        }
+        match Journal::reopen(dir, database, run) {
+            Err(JournalError::Damaged { .. } | JournalError::Empty { .. }) => {
+                journal::set_aside(dir, run)?;
+                Journal::create(dir, database, run)
+            }
+            Err(JournalError::Io { error, .. }) if error.kind() == std::io::ErrorKind::NotFound => {
+                Journal::create(dir, database, run)
+            }
+            other => other,
+        }
+    }
+
+    async fn take_up(self, config: Config, printer: Printer, journal: Journal, run: RunId) -> anyhow::Result<Exit> {
+        if let Some(began) = began(&journal)
+            && let Some(other) = other_move(began, &config)
+        {
+            printer.talk(format_args!("proxyctl: run {run} {other}"));
+            return Ok(Exit::Usage);
+        }
+        // With the lock held: nobody here moves it any more.
+        let survey = Survey::take(&config).await;
+        let standing = Standing::of(run, journal.state().epoch, survey.views());
+        printer.talk(format_args!("run {run} {}; {standing}", broke_off(&journal)));
+        if let Some(contradiction) = standing.contradicts(journal.state()) {
+            let whose = "it is another run's or was altered: 'proxyctl status' shows what counts";
+            printer.talk(format_args!("proxyctl: {contradiction}; {whose}"));
+            return Ok(Exit::Unexpected);
+        }
+        if standing == Standing::Unknown {
+            let error = survey.source.err().map(|error| error.to_string()).unwrap_or_default();
+            printer.talk(format_args!("proxyctl: {error}; proxies hold by their own rules, run this again"));
+            return Ok(Exit::Undecided);
+        }
+        // An epoch that opened after all, or a run with a step that could not be taken back, is something left to do.
+        if journal.state().is_over() && !journal.records().is_empty() && standing.epoch() == journal.state().epoch {
+            printer.talk("nothing is left to do for it");
+            return Ok(report::tell(printer, &journal, self.report, None));
+        }
+        let goal = if journal.records().is_empty() { Goal::Cutover } else { journal.state().goal };
+        let mut scene = Scene::new(config, journal, run);
+        (scene.fleet, scene.absent) = Fleet::connect_some(&scene.config.proxies).await;
+        let mut engine = Engine::new(scene, goal, printer.progress(), interrupt(printer)?, self.hooks);
+        let ended = engine.take_up(standing.epoch(), commit(standing)).await;
+        let Engine { scene, progress, .. } = engine;
+        drop(progress);
+        report::tell(printer, &scene.journal, self.report, None);
+        Ok(ended.context("the journal could not be written: the run stands as reported")?.into())
+    }
+}
+
+/// A commit that was read needs no asking: the source may be away.
+fn commit(standing: Standing) -> Option<Decision> {
+    match standing {
+        Standing::Decided(_, Decision::Commit) => Some(Decision::Commit),
+        Standing::Decided(_, Decision::Abort)
+        | Standing::Open(_)
+        | Standing::Older(_)
+        | Standing::Unopened
+        | Standing::Unknown => None,
+    }
+}
+
+/// The last run of this database that broke off, by the journals.
+fn broken_off(config: &Config, printer: Printer) -> Result<Option<RunId>, JournalError> {
+    let mut last: Option<(u64, RunId)> = None;
+    for run in journal::runs(&config.journal_dir)? {
+        let replay = match journal::read(&journal::path(&config.journal_dir, run)) {
+            Ok(replay) => replay,
+            Err(error) => {
+                printer.talk(format_args!("proxyctl: {error}"));
+                continue;
+            }
+        };
+        let Some(first) = replay.records.first() else { continue };
+        let ours = matches!(&first.event, Event::Began(began) if began.database == config.database);
+        if ours && !replay.state.is_over() && last.is_none_or(|(at_us, _)| at_us < first.at_us) {
+            last = Some((first.at_us, run));
+        }
+    }
+    Ok(last.map(|(_, run)| run))
+}
+
+fn began(journal: &Journal) -> Option<&Began> {
+    if let Event::Began(began) = &journal.records().first()?.event { Some(began) } else { None }
+}
+
+/// A configuration that names other servers would undo nothing, or the wrong thing.
+fn other_move(began: &Began, config: &Config) -> Option<String> {
+    let asked = [&config.database, &config.source.backend, &config.target.backend];
+    let Began { database, source, target, .. } = began;
+    (asked != [database, source, target]).then(|| {
+        let [database_here, source_here, target_here] = asked;
+        format!(
+            "moves {database} from {source} to {target}, this configuration {database_here} from {source_here} to \
+             {target_here}: give the one it was started with (-c)"
+        )
+    })
+}
+
+fn broke_off(journal: &Journal) -> String {
+    if journal.records().is_empty() {
+        return "has no journal".to_owned();
+    }
+    if let Phase::Ended(ending) = journal.state().phase {
+        return format!("ended {ending}");
+    }
+    let started = |event: &Event| if let Event::Started { step } = event { Some(*step) } else { None };
+    let step = journal.records().iter().rev().find_map(|record| started(&record.event));
+    let place = step.map_or("before its first step".to_owned(), |step| format!("at '{step}'"));
+    let who = journal.died_at_work().map(|who| format!(" ({who})")).unwrap_or_default();
+    format!("broke off {place}{who}")
+}
+
+fn lost(config: &Config, run: RunId, path: &std::path::Path, standing: Standing) -> String {
+    let source = &config.source.backend;
+    let without = format!("'proxyctl resume-run {run} --without-journal'");
+    let then = match standing {
+        Standing::Open(_) => format!(
+            "if its proxyctl is dead: {without}, or 'proxyctl abort', takes everybody back to {source}; without either, \
+             proxies do so when their leases end"
+        ),
+        Standing::Decided(_, Decision::Commit) => format!("proxies follow by themselves; {without} finishes the rest"),
+        Standing::Decided(_, Decision::Abort) | Standing::Older(_) => {
+            format!("proxies are on {source} by themselves; {without} removes what it left")
+        }
+        Standing::Unopened => "nobody is held for it, there is nothing to do".to_owned(),
+        Standing::Unknown => format!("run this again when {source} is back"),
+    };
+    format!(
+        "run {run} has no journal here ({}): it is lost, or on another machine; there 'proxyctl resume-run' is right. {}: {then}",
+        path.display(),
+        standing
+    )
+}
