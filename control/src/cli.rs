@@ -53,6 +53,10 @@ enum Verb {
     Cutover(commands::cutover::Cutover),
     /// Everything of a cutover that can be taken back, on the live system, then back: predicts how long clients would be held.
     Rehearse(commands::cutover::Cutover),
+    /// The cutover the other way round: back to the server that served before.
+    Rollback(commands::rollback::Rollback),
+    /// Reverse replication, which keeps the server that served before in step: how it stands; attach it; drop it.
+    WayBack(commands::way_back::WayBack),
     /// Build the report of a run from its journal.
     Report(commands::report::Report),
     /// Our tables and gates in the databases: print, install or remove them.
@@ -99,6 +103,8 @@ async fn perform(cli: Cli, printer: Printer) -> anyhow::Result<Exit> {
         Verb::ResumeRun(resume_run) => resume_run.run(context()?).await,
         Verb::Cutover(cutover) => cutover.run(Goal::Cutover, context()?).await,
         Verb::Rehearse(rehearsal) => rehearsal.run(Goal::Rehearsal, context()?).await,
+        Verb::Rollback(rollback) => rollback.run(context()?).await,
+        Verb::WayBack(way_back) => way_back.run(&context()?).await,
         Verb::Report(report) => report.run(&context()?),
         Verb::Objects(objects) => objects.run(&context()?).await,
     }
@@ -130,5 +136,8 @@ mod tests {
         assert!(!parses("proxyctl cutover --stop-at fenced"));
         assert!(parses(&format!("proxyctl resume-run {run} --without-journal")));
         assert!(!parses("proxyctl resume-run --without-journal"));
+        assert!(parses("proxyctl rollback --stop-at before:attached"));
+        assert!(!parses("proxyctl rollback --preflight --rehearse"));
+        assert!(parses("proxyctl way-back attach"));
     }
 }

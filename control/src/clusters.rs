@@ -8,6 +8,7 @@ mod replication;
 mod sequences;
 mod store;
 mod tables;
+pub mod way_back;
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -22,6 +23,7 @@ pub use crate::clusters::replication::{
 pub use crate::clusters::sequences::{Position, Sequence, SequenceDrift, Setting, drift};
 pub use crate::clusters::store::{Certainty, DecideError};
 pub use crate::clusters::tables::{GateState, TableFacts, TableKind, Ungated};
+pub use crate::clusters::way_back::Offer;
 use crate::config::Endpoint;
 use crate::dial;
 

@@ -24,9 +24,11 @@ pub mod preflight;
 pub mod report;
 pub mod resume;
 pub mod resume_run;
+pub mod rollback;
 pub mod sessions;
 pub mod status;
 pub mod switch;
+pub mod way_back;
 
 /// What every verb gets.
 #[derive(Debug)]

@@ -4,6 +4,7 @@
 //! and where a key was mistyped the nearest known one.
 
 mod section;
+mod way_back;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,8 @@ use pgcutover_api::store::Name;
 use toml::Table;
 
 use crate::config::section::{Checked, Section, Wrong, with_source, wrong};
+
+pub use crate::config::way_back::WayBack;
 
 /// The hold budget a proxy has unless its configuration says otherwise; the real one is read from each proxy when it is armed.
 pub const HOLD_BUDGET_DEFAULT: Duration = Duration::from_secs(15);
@@ -44,17 +47,19 @@ pub struct Config {
     pub sequences: Sequences,
     /// Choices that are not deadlines.
     pub policy: Policy,
-    /// Whether a slot for the way back is made within the stall.
+    /// Whether a way back is prepared within the stall and attached after it.
     pub way_back: WayBack,
 }
 
 /// One of the two clusters.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Side {
     /// The backend's name on the proxies.
     pub backend: String,
     /// How `proxyctl` itself reaches it (not through a proxy).
     pub endpoint: Endpoint,
+    /// How the other server reaches it, where that is another way; libpq's words.
+    replication_dsn: Option<String>,
 }
 
 /// The admin console of one proxy.
@@ -192,13 +197,6 @@ pub struct Policy {
     pub accept_oid_change: bool,
 }
 
-/// Whether a slot for the way back is made within the stall.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct WayBack {
-    /// If so, the target needs `wal_level = logical` and a free replication slot.
-    pub enabled: bool,
-}
-
 /// What is wrong with a configuration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{}: {key}: {reason}", .file.display())]
@@ -258,7 +256,7 @@ fn read(path: &Path, text: &str) -> Checked<Config> {
         budgets: budgets(root.section("budgets")?)?,
         sequences: sequences(root.section("sequences")?)?,
         policy: policy(root.section("policy")?)?,
-        way_back: way_back(root.section("way_back")?)?,
+        way_back: way_back::way_back(root.section("way_back")?)?,
     };
     root.finish()?;
     check_names(&config)?;
@@ -267,7 +265,11 @@ fn read(path: &Path, text: &str) -> Checked<Config> {
 }
 
 fn side(mut section: Section) -> Checked<Side> {
-    let side = Side { backend: section.required("backend", Section::text)?, endpoint: endpoint(&mut section)? };
+    let side = Side {
+        backend: section.required("backend", Section::text)?,
+        endpoint: endpoint(&mut section)?,
+        replication_dsn: section.text("replication_dsn")?,
+    };
     section.finish()?;
     Ok(side)
 }
@@ -371,13 +373,6 @@ fn policy(section: Option<Section>) -> Checked<Policy> {
 
 const ON_TIMEOUT: &[(&str, OnTimeout)] =
     &[("abort", OnTimeout::Abort), ("cancel", OnTimeout::Cancel), ("terminate", OnTimeout::Terminate)];
-
-fn way_back(section: Option<Section>) -> Checked<WayBack> {
-    let Some(mut section) = section else { return Ok(WayBack { enabled: false }) };
-    let enabled = section.flag("enabled")?.unwrap_or(false);
-    section.finish()?;
-    Ok(WayBack { enabled })
-}
 
 fn check_names(config: &Config) -> Checked<()> {
     for (key, side) in [("source.backend", &config.source), ("target.backend", &config.target)] {
@@ -483,7 +478,7 @@ dsn = "host=127.0.0.1 port=6432 user=admin password=secret dbname=pgcutover"
         assert_eq!(config.journal_dir, Path::new("/etc/runs"));
         assert_eq!(config.sequences.gap, 1000);
         assert_eq!(config.policy.prewarm, 20);
-        assert!(!config.way_back.enabled);
+        assert!(config.way_back.enabled);
         assert!(Budgets::default().fit_into(HOLD_BUDGET_DEFAULT).is_ok());
     }
 

@@ -35,6 +35,8 @@ pub enum Step {
     Switched,
     /// Every proxy lets its clients go.
     Resumed,
+    /// What led here is dropped, the old server follows the new one.
+    Attached,
 }
 
 /// What happens when a step fails, for `proxyctl plan` and the report.
@@ -83,7 +85,7 @@ pub const POINT_OF_NO_RETURN: Step = Step::Decided;
 
 impl Step {
     /// Every step, in order.
-    pub const ALL: [Step; 12] = [
+    pub const ALL: [Step; 13] = [
         Step::Armed,
         Step::Calm,
         Step::Paused,
@@ -96,6 +98,7 @@ impl Step {
         Step::Decided,
         Step::Switched,
         Step::Resumed,
+        Step::Attached,
     ];
 
     /// Its name in journals, reports and on the command line.
@@ -113,12 +116,13 @@ impl Step {
             Step::Decided => "decided",
             Step::Switched => "switched",
             Step::Resumed => "resumed",
+            Step::Attached => "attached",
         }
     }
 
     /// Whether clients are held while it runs.
     pub fn holds_clients(self) -> bool {
-        self >= Step::Paused
+        (Step::Paused..=Step::Resumed).contains(&self)
     }
 
     /// What happens when it fails.
@@ -146,11 +150,14 @@ impl Step {
             Step::CaughtUp => "wait for the sentinel and the replay position on every subscription",
             Step::Transplanted => "give every session that keeps its server a copy on the target, all or none",
             Step::Durable => "set sequences and flush what was applied, in one synchronous transaction on the target",
-            Step::WayBack => "make the slot for the way back, where asked for",
+            Step::WayBack => "make the slot for the way back",
             Step::Checked => "look once more at everything the decision relies on",
             Step::Decided => "record the commit on the source (point of no return), its evidence on the target",
             Step::Switched => "every proxy reads the commit and routes to the target",
             Step::Resumed => "every proxy lets its clients go",
+            Step::Attached => {
+                "drop the subscription that led here, let the old server follow the new one: the way back"
+            }
         }
     }
 }
@@ -235,6 +242,6 @@ mod tests {
         let kinds = Plan.steps().map(Step::on_failure).collect::<Vec<_>>();
         assert_eq!(kinds.iter().filter(|kind| **kind == OnFailure::Stop).count(), 2);
         assert_eq!(kinds.iter().filter(|kind| **kind == OnFailure::AskAgain).count(), 1);
-        assert_eq!(kinds[10..], [OnFailure::GoForward; 2]);
+        assert_eq!(kinds[10..], [OnFailure::GoForward; 3]);
     }
 }

@@ -334,7 +334,8 @@ impl State {
             | Step::WayBack
             | Step::Checked
             | Step::Switched
-            | Step::Resumed => true,
+            | Step::Resumed
+            | Step::Attached => true,
         }
     }
 
@@ -502,7 +503,7 @@ mod tests {
 
     #[test]
     fn a_run_that_goes_well_ends_committed() {
-        let mut events = happy(Step::Resumed);
+        let mut events = happy(Step::Attached);
         events.push(Event::Ended { ending: Ending::Committed });
         assert_eq!(State::replay(&events).unwrap().phase, Phase::Ended(Ending::Committed));
     }

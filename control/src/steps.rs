@@ -9,6 +9,7 @@ use std::time::Duration;
 use pgcutover_api::epoch::{Claim, Lease, RunId};
 use pgcutover_api::store::{Identity, Name, Turn};
 
+use crate::clusters::way_back::epoch_of as way_back_of;
 use crate::clusters::{Cluster, ClusterError, Clusters, Subscription};
 use crate::config::Config;
 use crate::finding::Finding;
@@ -29,8 +30,10 @@ pub mod checked;
 pub mod decided;
 pub mod switched;
 pub mod resumed;
+pub mod attached;
 pub mod heartbeat;
 pub mod inspection;
+pub mod reverse;
 pub mod install;
 
 /// Everything a step acts on.
@@ -107,8 +110,10 @@ impl Scene {
     /// The subscriptions that must have caught up; none is an error.
     pub async fn subscriptions(&self) -> Result<Vec<Subscription>, StepError> {
         let named = &self.config.replication.subscriptions;
-        let found = self.clusters.target.subscriptions(named, STEP_DEADLINE).await?;
-        if found.is_empty() || named.iter().any(|name| !found.iter().any(|subscription| subscription.name == *name)) {
+        let found = self.clusters.target.subscriptions(&self.database, named, STEP_DEADLINE).await?;
+        let ours = found.iter().any(|subscription| way_back_of(&self.database, &subscription.name).is_some());
+        let lacks = |name: &String| !found.iter().any(|subscription| subscription.name == *name);
+        if found.is_empty() || !ours && named.iter().any(lacks) {
             let fix = "CREATE SUBSCRIPTION on the target, or correct replication.subscriptions";
             let object = if named.is_empty() { "subscriptions".to_owned() } else { named.join(", ") };
             let finding = Finding::red("replication", object, "the target has no such subscription", fix);
@@ -216,6 +221,8 @@ pub fn limit(step: Step, config: &Config) -> Duration {
         // It ends by itself, see there.
         Step::Decided => decided::PATIENCE * 2,
         Step::Switched | Step::Resumed => switched::PATIENCE * 2,
+        // Nobody waits for it.
+        Step::Attached => reverse::PATIENCE * 6,
     }
 }
 
@@ -234,6 +241,7 @@ pub async fn run(step: Step, scene: &mut Scene) -> Result<Facts, StepError> {
         Step::Decided => decided::run(scene).await,
         Step::Switched => switched::run(scene).await,
         Step::Resumed => resumed::run(scene).await,
+        Step::Attached => attached::run(scene).await,
     }
 }
 
@@ -261,5 +269,6 @@ pub async fn undo(step: Step, scene: &Scene) -> Result<Undo, StepError> {
         Step::Decided => decided::undo(scene).await,
         Step::Switched => switched::undo(scene).await,
         Step::Resumed => resumed::undo(scene).await,
+        Step::Attached => attached::undo(scene).await,
     }
 }

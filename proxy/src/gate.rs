@@ -174,7 +174,7 @@ impl Gate {
     /// # Errors
     /// The pause that holds the gate already.
     pub fn shut(&self, intent: Intent, now: Instant) -> Result<PauseId, Box<Pause>> {
-        let mut shutter = self.lock();
+        let shutter = self.lock();
         if let Some(held) = &shutter.pause {
             let same = intent.claim().is_some() && held.claim() == intent.claim();
             // An ended lease is about to be decided: it is not revived by asking again.
@@ -182,6 +182,23 @@ impl Gate {
                 return Err(Box::new(held.clone()));
             }
         }
+        Ok(self.put(shutter, intent, now))
+    }
+
+    /// Shuts an open gate. One that is shut stays as it is, whoever asks: a run's own PAUSE may have come since the caller
+    /// looked, and would take being replaced for being ended.
+    ///
+    /// # Errors
+    /// The pause that holds the gate already.
+    pub fn hold(&self, intent: Intent, now: Instant) -> Result<PauseId, Box<Pause>> {
+        let shutter = self.lock();
+        match &shutter.pause {
+            Some(held) => Err(Box::new(held.clone())),
+            None => Ok(self.put(shutter, intent, now)),
+        }
+    }
+
+    fn put(&self, mut shutter: MutexGuard<'_, Shutter>, intent: Intent, now: Instant) -> PauseId {
         shutter.last += 1;
         let id = PauseId(shutter.last);
         let since = shutter.pause.as_ref().map_or(now, |held| held.since);
@@ -190,7 +207,7 @@ impl Gate {
         self.word.fetch_or(SHUT, Ordering::AcqRel);
         drop(shutter);
         self.moved.notify_waiters();
-        Ok(id)
+        id
     }
 
     /// Lengthens the lease of a claimed pause.
@@ -362,6 +379,21 @@ mod tests {
         assert_eq!(drained.await, Drained::Ended);
         assert!(!gate.open(first), "the first pause can't end the second");
         assert!(gate.is_shut() && gate.open(second));
+    }
+
+    #[tokio::test]
+    async fn a_run_takes_over_the_watchs_hold_and_the_watch_never_takes_over_a_runs_pause() {
+        let gate = Arc::new(Gate::default());
+        let start = Instant::now();
+        let open = gate.try_enter().unwrap();
+        let own = gate.hold(claimed(3, 100), start).unwrap();
+        let paused = gate.shut(claimed(3, 100), start).unwrap();
+        let mut drained = Box::pin(gate.drained(paused));
+        assert!(is_pending(&mut drained).await);
+        assert_eq!(gate.hold(claimed(3, 900), start).unwrap_err().id, paused, "as it was");
+        drop(open);
+        assert_eq!(drained.await, Drained::Yes);
+        assert!(!gate.open(own) && gate.open(paused));
     }
 
     #[test]

@@ -49,9 +49,16 @@ impl Control {
             Value::Table(Table::from_iter([("name".to_owned(), name.into()), ("dsn".to_owned(), dsn.into())]))
         });
         config.insert("proxies".to_owned(), Value::Array(proxies.collect()));
+        // On by default; here only where it is what a test is about, since it makes every run a second longer.
+        config.insert("way_back".to_owned(), Value::Table(Table::from_iter([("enabled".to_owned(), false.into())])));
         fs::create_dir_all(dir.join("runs"))?;
         let program = Product::build()?.proxyctl.clone();
         Ok(Control { config, dir, program, runs: std::sync::atomic::AtomicU32::new(0) })
+    }
+
+    /// Prepares and attaches the way back, as it is by default.
+    pub fn with_way_back(&mut self) {
+        self.config.remove("way_back");
     }
 
     /// Where its files are; the journals are in `runs`.

@@ -246,5 +246,11 @@ GRANT SELECT (rolname, rolpassword) ON pg_catalog.pg_authid TO pgcutover;
 ";
 
 async fn make_database(cluster: &Cluster) -> Result<()> {
-    cluster.superuser(DATABASE).await?.run(SCHEMA).await
+    let superuser = cluster.superuser(DATABASE).await?;
+    superuser.run(SCHEMA).await?;
+    if cluster.major() < 16 {
+        // Only a superuser subscribes there: it leaves its functions, as the README tells it to.
+        superuser.run(pgcutover_api::store::SUBSCRIBER).await?;
+    }
+    Ok(())
 }

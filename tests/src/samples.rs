@@ -87,7 +87,17 @@ pub struct Stalls {
 impl Stalls {
     /// Of these clients, in milliseconds.
     pub fn over<'a>(clients: impl IntoIterator<Item = &'a Samples>, kind: Option<Kind>, window: (i64, i64)) -> Stalls {
-        let mut stalls: Vec<u64> = clients.into_iter().filter_map(|one| one.stall_us(kind, window)).collect();
+        Stalls::of_us(clients.into_iter().filter_map(|one| one.stall_us(kind, window)).collect())
+    }
+
+    /// Of these, given in milliseconds.
+    pub fn of_ms(stalls: impl Iterator<Item = f64>) -> Stalls {
+        let us = |ms: f64| u64::try_from(Duration::from_secs_f64(ms.max(0.0) / 1e3).as_micros()).unwrap_or(u64::MAX);
+        Stalls::of_us(stalls.map(us).collect())
+    }
+
+    /// Of these, given in microseconds.
+    pub fn of_us(mut stalls: Vec<u64>) -> Stalls {
         stalls.sort_unstable();
         let ms = |quantile_us: u64| Duration::from_micros(quantile_us).as_secs_f64() * 1e3;
         Stalls { p50: ms(quantile(&stalls, 0.5)), p99: ms(quantile(&stalls, 0.99)), max: ms(quantile(&stalls, 1.0)) }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use pgcutover_api::store::{self, Name, identifier, literal};
 
 use crate::clusters::tables::{TableFacts, TableKind};
-use crate::clusters::{BadCell, Cells, Cluster, ClusterError, Clusters, Deadline};
+use crate::clusters::{BadCell, Cells, Cluster, ClusterError, Clusters, Deadline, way_back};
 
 const SUBSCRIPTIONS: &str = "SELECT s.subname, s.subenabled, s.subslotname, array_to_json(s.subpublications)::text AS publications \
     FROM pg_subscription s WHERE s.subdbid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database()) \
@@ -210,10 +210,26 @@ fn uncovered_one(
 }
 
 impl Cluster {
-    /// The target's subscriptions: those named, or all of the database if none is.
-    pub async fn subscriptions(&self, named: &[String], limit: Duration) -> Result<Vec<Subscription>, ClusterError> {
-        let all = self.list("subscriptions", SUBSCRIPTIONS, limit, subscription).await?;
-        Ok(all.into_iter().filter(|s| named.is_empty() || named.contains(&s.name)).collect())
+    /// The target's subscriptions: those named, or all of the database if none is. A database that has moved there and back
+    /// is fed by the way back that we made: then it is that one.
+    pub async fn subscriptions(
+        &self,
+        db: &Name,
+        named: &[String],
+        limit: Duration,
+    ) -> Result<Vec<Subscription>, ClusterError> {
+        let all = self.all_subscriptions(limit).await?;
+        let (ours, other): (Vec<_>, Vec<_>) =
+            all.into_iter().partition(|subscription| way_back::epoch_of(db, &subscription.name).is_some());
+        if !ours.is_empty() {
+            return Ok(ours);
+        }
+        Ok(other.into_iter().filter(|s| named.is_empty() || named.contains(&s.name)).collect())
+    }
+
+    /// Every subscription of the database.
+    pub async fn all_subscriptions(&self, limit: Duration) -> Result<Vec<Subscription>, ClusterError> {
+        self.list("subscriptions", SUBSCRIPTIONS, limit, subscription).await
     }
 
     /// How far the copies of the tables of these subscriptions are (target).
@@ -271,30 +287,6 @@ impl Cluster {
     pub async fn heard(&self, db: &Name, limit: Duration) -> Result<Option<i64>, ClusterError> {
         let sql = format!("SELECT h.n FROM pgcutover.heartbeat h WHERE h.db = {}", literal(db.as_str()));
         Ok(self.list("read the heartbeat", &sql, limit, |row| row.number("n")).await?.pop())
-    }
-
-    /// Makes the slot from which the old source can follow (target, S6). Waits for running transactions, so: a limit.
-    pub async fn create_slot(&self, slot: &str, limit: Duration) -> Result<Lsn, ClusterError> {
-        let sql = format!("SELECT s.lsn FROM pg_create_logical_replication_slot({}, 'pgoutput') s", literal(slot));
-        self.one("create a slot", &sql, limit, |row| row.number("lsn")).await
-    }
-
-    /// Moves that slot to now.
-    pub async fn advance_slot(&self, slot: &str, limit: Duration) -> Result<Lsn, ClusterError> {
-        let sql = format!(
-            "SELECT s.end_lsn AS lsn FROM pg_replication_slot_advance({}, pg_current_wal_flush_lsn()) s",
-            literal(slot)
-        );
-        self.one("advance a slot", &sql, limit, |row| row.number("lsn")).await
-    }
-
-    /// Drops that slot if it is there.
-    pub async fn drop_slot(&self, slot: &str, limit: Duration) -> Result<(), ClusterError> {
-        let sql = format!(
-            "SELECT pg_drop_replication_slot(s.slot_name) FROM pg_replication_slots s WHERE s.slot_name = {}",
-            literal(slot)
-        );
-        self.ask("drop a slot", &sql, limit).await.map(drop)
     }
 }
 

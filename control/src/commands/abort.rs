@@ -30,8 +30,24 @@ struct Aborted {
 pub async fn run(context: &Context) -> anyhow::Result<Exit> {
     let config = &context.config;
     let database = config.route.clone();
-    let source = Cluster::new(Role::Source, &config.source.endpoint);
-    let claim = match open_or_fenced(&source, &database).await {
+    let mut source = Cluster::new(Role::Source, &config.source.endpoint);
+    let claim = match open(&source, &database).await {
+        Ok(Some(claim)) => Ok(Some(claim)),
+        Ok(None) => {
+            let target = Cluster::new(Role::Target, &config.target.endpoint);
+            // One that can't be asked now stops nobody: the epochs of a move there are on the source.
+            match open(&target, &database).await {
+                // A rollback's: what is the target here is its source.
+                Ok(Some(claim)) => {
+                    source = target;
+                    Ok(Some(claim))
+                }
+                Ok(None) | Err(_) => fenced(&source, &database).await,
+            }
+        }
+        Err(error) => Err(error),
+    };
+    let claim = match claim {
         Ok(claim) => claim,
         Err(error) if error.is_absence() => return undecided(context, &error),
         Err(error) => return Err(error.into()),
@@ -52,15 +68,21 @@ pub async fn run(context: &Context) -> anyhow::Result<Exit> {
     Ok(exit)
 }
 
-/// The epoch that is open, or a decided one whose fence still stands: its outcome says whether the fence may open.
-async fn open_or_fenced(source: &Cluster, database: &Name) -> Result<Option<Claim>, ClusterError> {
+/// The epoch that is open on a server.
+async fn open(server: &Cluster, database: &Name) -> Result<Option<Claim>, ClusterError> {
+    if !server.installed(STEP_DEADLINE).await? {
+        return Ok(None);
+    }
+    let open = server.view(database, STEP_DEADLINE).await?.open;
+    Ok(open.map(|open| Claim { run: open.run, epoch: open.epoch }))
+}
+
+/// A decided epoch whose fence still stands: its outcome says whether the fence may open.
+async fn fenced(source: &Cluster, database: &Name) -> Result<Option<Claim>, ClusterError> {
     if !source.installed(STEP_DEADLINE).await? {
         return Ok(None);
     }
     let view = source.view(database, STEP_DEADLINE).await?;
-    if let Some(open) = view.open {
-        return Ok(Some(Claim { run: open.run, epoch: open.epoch }));
-    }
     let gates = source.gates(STEP_DEADLINE).await?;
     let fenced = gates.iter().find(|gate| gate.db == database.as_str() && gate.form == Some(GateForm::Fenced));
     Ok(view

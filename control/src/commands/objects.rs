@@ -51,7 +51,7 @@ impl Objects {
 
     /// Prints the SQL.
     pub fn print(&self, printer: Printer) -> anyhow::Result<Exit> {
-        printer.raw(&format!("{}\n{}", store::ROLES, store::OBJECTS));
+        printer.raw(&format!("{}\n{}\n{}", store::ROLES, store::SUBSCRIBER, store::OBJECTS));
         Ok(Exit::Done)
     }
 

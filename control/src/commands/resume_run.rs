@@ -70,7 +70,7 @@ impl ResumeRun {
     /// Finds the run, asks the store, acts.
     pub async fn run(self, context: Context) -> anyhow::Result<Exit> {
         let Context { config, printer } = context;
-        let survey = Survey::take(&config).await;
+        let (config, survey) = heading(config, self.run).await;
         let found = self.run.or_else(|| survey.open());
         let Some(run) = found.map_or_else(|| broken_off(&config, printer), |run| Ok(Some(run)))? else {
             printer.talk(format_args!(
@@ -117,6 +117,10 @@ impl ResumeRun {
     }
 
     async fn take_up(self, config: Config, printer: Printer, journal: Journal, run: RunId) -> anyhow::Result<Exit> {
+        let config = match began(&journal) {
+            Some(began) if is_the_other_way(began, &config) => config.turned(None),
+            Some(_) | None => config,
+        };
         if let Some(began) = began(&journal)
             && let Some(other) = other_move(began, &config)
         {
@@ -164,6 +168,30 @@ fn commit(standing: Standing) -> Option<Decision> {
         | Standing::Unopened
         | Standing::Unknown => None,
     }
+}
+
+/// The configuration in the direction of what is to be taken up: a rollback's epochs are on what it calls the target. One
+/// that is open there, or was last there, and not on the source, tells.
+async fn heading(config: Config, run: Option<RunId>) -> (Config, Survey) {
+    let survey = Survey::take(&config).await;
+    let known = |view: &StoreView| {
+        let open = view.open.as_ref().map(|open| open.run);
+        let last = view.last.as_ref().map(|last| last.run);
+        match run {
+            Some(run) => open == Some(run) || last == Some(run),
+            None => open.is_some(),
+        }
+    };
+    let there = |view: &Result<StoreView, ClusterError>| view.as_ref().is_ok_and(known);
+    if there(&survey.source) || !there(&survey.target) {
+        return (config, survey);
+    }
+    let Survey { source, target } = survey;
+    (config.turned(None), Survey { source: target, target: source })
+}
+
+fn is_the_other_way(began: &Began, config: &Config) -> bool {
+    [&began.source, &began.target] == [&config.target.backend, &config.source.backend]
 }
 
 /// The last run of this database that broke off, by the journals.

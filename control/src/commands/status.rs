@@ -136,7 +136,9 @@ fn gate(proxy: &str, row: GateRow) -> Gate {
 
 async fn lag(context: &Context, source: &Cluster, target: &Cluster) -> Vec<Subscription> {
     let named = &context.config.replication.subscriptions;
-    let Ok(subscriptions) = target.subscriptions(named, STEP_DEADLINE).await else { return Vec::new() };
+    let Ok(subscriptions) = target.subscriptions(&context.config.route, named, STEP_DEADLINE).await else {
+        return Vec::new();
+    };
     let slots = source.slots(&subscriptions, STEP_DEADLINE).await.unwrap_or_default();
     let line = |subscription: crate::clusters::Subscription| {
         let slot = slots.iter().find(|slot| Some(&slot.name) == subscription.slot.as_ref());

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use crate::clusters::{
     BadCell, Cells, Cluster, ClusterError, Clusters, PreparedTransaction, PublishedTable, Sequence, SlotState,
-    Subscription, TableFacts, TableState,
+    Subscription, TableFacts, TableState, way_back,
 };
 use crate::preflight::types;
 use crate::preflight::types::Types;
@@ -22,6 +22,8 @@ pub struct Inquiry {
     pub db: Name,
     /// The subscriptions that must have caught up; empty means all of the target database.
     pub subscriptions: Vec<String>,
+    /// How the source will reach the target for the way back, if there is to be one; libpq's words.
+    pub reverse_dsn: Option<String>,
     /// What the proxies said.
     pub proxies: Vec<ProxyFacts>,
     /// What counts as too much.
@@ -255,7 +257,7 @@ pub struct StoreFacts {
 /// One right, tried.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Attempt {
-    /// Which right: `store`, `event_trigger`, `activity`, `slot`.
+    /// Which right: `store`, `event_trigger`, `activity`, `slot`, `subscribe`, `detach`.
     pub right: &'static str,
     /// The server's words if it refused.
     pub refusal: Option<String>,
@@ -264,11 +266,17 @@ pub struct Attempt {
 /// Asks both servers. Each question has the inquiry's limit; an absent server is an error.
 pub async fn gather(clusters: &Clusters, inquiry: &Inquiry) -> Result<Facts, ClusterError> {
     let limit = inquiry.limit;
-    let (source, target, replication) = tokio::try_join!(
+    let (mut source, mut target, replication) = tokio::try_join!(
         cluster(&clusters.source, inquiry),
         cluster(&clusters.target, inquiry),
         replication(clusters, inquiry)
     )?;
+    if let Some(conninfo) = &inquiry.reverse_dsn {
+        source.attempts.push(tried("subscribe", clusters.source.try_subscribe(&inquiry.db, conninfo, limit).await)?);
+        for forward in &replication.subscriptions {
+            target.attempts.push(tried("detach", clusters.target.try_disable(&forward.name, limit).await)?);
+        }
+    }
     // Without the owner's rights there is nothing to read; that is a finding already.
     let ours = source.store.as_ref().is_some_and(|store| store.lacks.is_none());
     let members = if ours { clusters.source.members(&inquiry.db, limit).await? } else { Vec::new() };
@@ -285,9 +293,10 @@ pub async fn gather(clusters: &Clusters, inquiry: &Inquiry) -> Result<Facts, Clu
 
 async fn replication(clusters: &Clusters, inquiry: &Inquiry) -> Result<ReplicationFacts, ClusterError> {
     let limit = inquiry.limit;
-    let subscriptions = clusters.target.subscriptions(&inquiry.subscriptions, limit).await?;
+    let subscriptions = clusters.target.subscriptions(&inquiry.db, &inquiry.subscriptions, limit).await?;
     let there = |name: &String| subscriptions.iter().any(|s| s.name == *name);
-    let missing = inquiry.subscriptions.iter().filter(|name| !there(name)).cloned().collect();
+    let ours = subscriptions.iter().any(|s| way_back::epoch_of(&inquiry.db, &s.name).is_some());
+    let missing = inquiry.subscriptions.iter().filter(|name| !ours && !there(name)).cloned().collect();
     let states = clusters.target.table_states(&subscriptions, limit).await?;
     let published = clusters.source.published(&subscriptions, limit).await?;
     let slots = clusters.source.slots(&subscriptions, limit).await?;
@@ -485,6 +494,17 @@ async fn attempts(cluster: &Cluster, inquiry: &Inquiry) -> Result<Vec<Attempt>, 
         attempts.push(attempt(cluster, "slot", &scratch_slot(&scratch), limit).await?);
     }
     Ok(attempts)
+}
+
+/// What a server said to something that was tried and taken back; one that says nothing in time says no.
+fn tried(right: &'static str, answer: Result<(), ClusterError>) -> Result<Attempt, ClusterError> {
+    match answer {
+        Ok(()) => Ok(Attempt { right, refusal: None }),
+        Err(error @ (ClusterError::Refused { .. } | ClusterError::Deadline { .. })) => {
+            Ok(Attempt { right, refusal: Some(error.to_string()) })
+        }
+        Err(error) => Err(error),
+    }
 }
 
 async fn attempt(cluster: &Cluster, right: &'static str, sql: &str, limit: Duration) -> Result<Attempt, ClusterError> {

@@ -1,5 +1,5 @@
-//! S0: preflight is green, our objects are there (target first), gates are armed as no-ops, one sentinel was seen through,
-//! heartbeats go, every proxy has opened connections to the target.
+//! S0: what an earlier run left to do is done, preflight is green, our objects are there (target first), gates are armed as
+//! no-ops, the way back is published, one sentinel was seen through, heartbeats go, every proxy has opened connections to the target.
 //!
 //! Invariant: no client waits for any of it longer than a lock attempt; everything stays when a run is refused, because the
 //! next run needs it and a no-op gate costs less than a microsecond a statement (`proxyctl objects remove` takes it away).
@@ -16,7 +16,7 @@ use crate::proxies::{Fleet, ProxyError};
 use crate::report;
 use crate::state::Facts;
 use crate::steps::heartbeat::Heartbeat;
-use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, caught_up, fenced, inspection, install};
+use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, attached, caught_up, fenced, inspection, install, way_back};
 
 /// One table takes milliseconds unless a writer sits on it; thousands of tables take a while.
 const ARM_TABLES: Duration = Duration::from_secs(60);
@@ -27,6 +27,7 @@ const FIRST_SENTINEL: Duration = Duration::from_secs(20);
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     scene.fleet = Fleet::connect(&scene.config.proxies).await?;
     identify(scene).await?;
+    attached::finish(scene).await?;
     let findings = inspection::inspect(&scene.config, &scene.clusters, &scene.fleet).await?;
     admit(scene, findings)?;
     install::install(&scene.config, &scene.clusters).await?;
@@ -38,6 +39,7 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
         let found = ungated.iter().map(fenced::open_table).collect();
         return Err(StepError::found("tables of the source could not be gated", found));
     }
+    way_back::offer(scene).await?;
     // Connected now, so that no login happens while clients are held.
     scene.decider.view(&scene.database, STEP_DEADLINE).await?;
     let travel = see_through(scene, &subscriptions).await?;

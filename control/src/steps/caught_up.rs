@@ -31,7 +31,11 @@ fn token(scene: &Scene) -> Result<String, StepError> {
 /// Why it did not arrive, as far as the servers tell.
 pub async fn explain(scene: &Scene, subscriptions: &[Subscription], error: &CatchUpError) -> StepError {
     let mut found = Vec::new();
-    let now = scene.clusters.target.subscriptions(&scene.config.replication.subscriptions, STEP_DEADLINE).await;
+    let now = scene
+        .clusters
+        .target
+        .subscriptions(&scene.database, &scene.config.replication.subscriptions, STEP_DEADLINE)
+        .await;
     for subscription in now.as_deref().unwrap_or(subscriptions) {
         if !subscription.is_enabled {
             let fix = format!("on the target: ALTER SUBSCRIPTION {} ENABLE", subscription.name);

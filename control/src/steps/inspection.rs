@@ -26,6 +26,7 @@ pub async fn inspect(config: &Config, clusters: &Clusters, fleet: &Fleet) -> Res
     let inquiry = Inquiry {
         db: config.route.clone(),
         subscriptions: config.replication.subscriptions.clone(),
+        reverse_dsn: config.way_back.enabled.then(|| config.target.conninfo()),
         proxies: proxies.into_iter().map(|(_, facts)| facts).collect(),
         limits: Limits {
             lag_bytes_max: config.budgets.lag_bytes_max,

@@ -1,12 +1,36 @@
-//! S6: a logical slot on the target, made between catch-up and the first client write there, from which the old source can
-//! follow. Attaching it is a later verb; it is made only where `[way_back] enabled = true`.
+//! S6: a logical slot on the target, made between catch-up and the first client write there, from which the old source
+//! follows once clients are let go (S10); and what it takes before: the publication that it sends (S0).
 //!
-//! Invariant: dropped again by an abort, so that it does not keep WAL for nobody. Kept after a commit: it keeps WAL on the
-//! new source until it is attached or dropped.
+//! Invariant: the publication is there before the slot is, or changes would be sent by none. The slot is dropped again by an
+//! abort, so that it does not keep WAL for nobody.
 
+use std::time::Duration;
+
+use crate::clusters::way_back;
 use crate::finding::Finding;
 use crate::state::Facts;
 use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo};
+
+/// A publication of thousands of tables, each with a lock that VACUUM may hold.
+const OFFER: Duration = Duration::from_secs(20);
+
+/// S0: the publication on the target; what an earlier run that died left there is dropped: nobody follows a server that does
+/// not serve.
+pub async fn offer(scene: &mut Scene) -> Result<(), StepError> {
+    if !scene.config.way_back.enabled {
+        return Ok(());
+    }
+    let target = &scene.clusters.target;
+    let tables = scene.clusters.source.tables(&scene.database, STEP_DEADLINE).await?;
+    if let Err(error) = target.offer(&scene.database, &tables, OFFER).await {
+        return Err(refused(&way_back::publication(&scene.database), &error.to_string()));
+    }
+    let left = target.offers(&scene.database, STEP_DEADLINE).await?;
+    for offer in left.iter().filter(|offer| !offer.is_active) {
+        target.drop_slot(&offer.slot, STEP_DEADLINE).await?;
+    }
+    Ok(())
+}
 
 /// Makes it, where asked for.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
@@ -15,27 +39,19 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     }
     let slot = slot(scene)?;
     match scene.clusters.target.create_slot(&slot, STEP_DEADLINE).await {
-        Ok(lsn) => {
-            let problem = format!("keeps WAL on the new source from {lsn} on");
-            let fix = format!("attach it, or SELECT pg_drop_replication_slot('{slot}') when no way back is needed");
-            scene.find(Finding::yellow("way_back", &slot, problem, fix));
-            Ok(Facts::new().with("enabled", true).with("slot", slot).with("lsn", lsn.to_string()))
-        }
-        Err(error) => {
-            let fix = "the target needs wal_level = logical, a free max_replication_slots, and REPLICATION for proxyctl's role; \
-                       or set way_back.enabled = false";
-            let finding = Finding::red("way_back", &slot, error.to_string(), fix);
-            Err(StepError::found(error.to_string(), vec![finding]))
-        }
+        Ok(lsn) => Ok(Facts::new().with("enabled", true).with("slot", slot).with("lsn", lsn.to_string())),
+        Err(error) => Err(refused(&slot, &error.to_string())),
     }
 }
 
-/// Its name: one per database and epoch, in the letters a slot may have.
+fn refused(object: &str, problem: &str) -> StepError {
+    let fix = "the target needs wal_level = logical, a free max_replication_slots, REPLICATION for proxyctl's role and \
+               the rights of the tables' owner; or set way_back.enabled = false";
+    StepError::found(problem, vec![Finding::red("way_back", object, problem, fix)])
+}
+
 fn slot(scene: &Scene) -> Result<String, StepError> {
-    let letters = scene.database.as_str().chars();
-    let plain: String =
-        letters.map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '_' }).take(30).collect();
-    Ok(format!("pgcutover_back_{plain}_{}", scene.claim()?.epoch))
+    Ok(way_back::of_epoch(&scene.database, scene.claim()?.epoch))
 }
 
 /// Drops it.

@@ -248,10 +248,11 @@ BEGIN
     gate, mark || format(' BEGIN IF EXISTS (%s) THEN RETURN NULL; END IF; '
       'IF (SELECT a.backend_type FROM pg_catalog.pg_stat_activity a WHERE a.pid = pg_catalog.pg_backend_pid()) '
       'LIKE ''logical replication%%'' THEN RETURN NULL; END IF; %s END', row_open, refuse));
-  -- The invoker's rights, so that current_user tells the store's own DDL (flip, unfence) from everyone else's.
+  -- The invoker's rights, so that current_user tells the store's own DDL (flip, unfence) from everyone else's; session_user,
+  -- because before 16 it is a superuser's function in which our login makes the subscription of the way back.
   EXECUTE format('CREATE OR REPLACE FUNCTION pgcutover.%I() RETURNS event_trigger LANGUAGE plpgsql '
     'SET search_path = pg_catalog, pg_temp AS %L',
-    ddl, mark || format(' BEGIN IF current_user = %L OR %s THEN RETURN; END IF; %s END', current_user, ddl_open, refuse));
+    ddl, mark || format(' BEGIN IF %L IN (current_user, session_user) OR %s THEN RETURN; END IF; %s END', current_user, ddl_open, refuse));
 END
 $f$;
 

@@ -10,7 +10,7 @@
 \endif
 
 -- proxyctl's login. It owns the store, so the gates act in its name.
---   REPLICATION      slots: their positions and the way back (S6)
+--   REPLICATION      slots: their positions and the way back (S6); the other server logs in as this role for it
 --   pg_monitor       the gate tells apply workers from clients by backend_type; lag and old transactions of everyone
 --   CREATE           the schema pgcutover
 --   member of the owner of the tables: triggers on them (source), setval on their sequences (target)
@@ -22,8 +22,10 @@ GRANT :"owner" TO pgcutover;
 -- every user that no proxy has logged in to the target.
 GRANT SELECT (rolname, rolpassword) ON pg_catalog.pg_authid TO pgcutover;
 -- Not grantable, so done by hand, unless pgcutover owns them: the publication (source) needs pgcutover.sentinel and
--- pgcutover.heartbeat, the subscription (target) a REFRESH PUBLICATION WITH (copy_data = false) afterwards. Before
--- PostgreSQL 16 only superusers own subscriptions; from 16 on: GRANT pg_create_subscription TO pgcutover.
+-- pgcutover.heartbeat, the subscription (target) a REFRESH PUBLICATION WITH (copy_data = false) afterwards.
+-- The way back is a subscription on the old server, and the one that led forward is dropped. From PostgreSQL 16 on
+-- pgcutover has to own that one (ALTER SUBSCRIPTION ... OWNER TO pgcutover) and needs: GRANT pg_create_subscription TO
+-- pgcutover. Before 16 only superusers own subscriptions: see the part that begins with pgcutover_subscriber below.
 
 -- The proxies' control login: it reads and records decisions, and nothing else.
 -- Its rights on the store are granted by proxyctl (policy.proxy_role).

@@ -23,6 +23,8 @@ pub use seat::{Seat, seats};
 pub const OBJECTS: &str = include_str!("../sql/objects.sql");
 /// The roles and the rights that a cutover needs, for the operator to read and run.
 pub const ROLES: &str = include_str!("../sql/roles.sql");
+/// What a superuser has to run on servers before 16 for the way back. No psql syntax in it.
+pub const SUBSCRIBER: &str = include_str!("../sql/subscriber.sql");
 /// How each transaction on the store begins.
 pub const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE";
 /// Ends a transaction that an error has left open.

@@ -116,6 +116,13 @@ impl Database {
         Ok(id)
     }
 
+    /// The same for the watch: a gate that is shut already stays its owner's.
+    pub(super) fn hold(&self, intent: Intent) -> Result<PauseId, Refusal> {
+        let id = self.site.gate.hold(intent, Instant::now()).map_err(|held| self.held_by(&held))?;
+        self.pools().iter().for_each(|pool| pool.send_back_waiters());
+        Ok(id)
+    }
+
     /// Waits for the drain; meanwhile a held session whose lock an open transaction waits for is let through.
     pub(super) async fn drain(&self, id: PauseId) -> Drained {
         loop {

@@ -84,8 +84,8 @@ impl Database {
                 tracing::warn!(database = %self.name(), %claim, "an epoch is open that nobody told us of: holding");
                 // R14, for the end of the hold's lease.
                 let _ = self.identify(&active.backend).await;
-                // Paused by an admin already: held all the same, and the next look tries again.
-                let _ = self.shut(self.own_hold(claim, &open.target));
+                // Paused since, by the run itself or by an admin: held all the same.
+                let _ = self.hold(self.own_hold(claim, &open.target));
             }
             Verdict::Follow(commit) => self.follow_or_log(&commit).await,
             Verdict::Resume => {

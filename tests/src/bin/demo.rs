@@ -310,7 +310,9 @@ async fn set_up(args: &Args) -> Result<(Stage, Setup)> {
         user.insert("pool_mode".to_owned(), "session".into());
         user.insert("pool_size".to_owned(), sessions.max(1).into());
     };
-    Ok((Stage::with(pair, args.proxies, change).await?, setup))
+    let mut stage = Stage::with(pair, args.proxies, change).await?;
+    stage.control.with_way_back();
+    Ok((stage, setup))
 }
 
 /// The versions that were asked for; else the preferred ones; else, if those can't be had, the oldest and the newest.

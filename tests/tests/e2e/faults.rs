@@ -58,7 +58,15 @@ async fn a_proxyctl_killed_before_the_decision_leaves_everybody_on_the_source() 
 /// From the decision on it leaves everybody on the target.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_proxyctl_killed_after_the_decision_leaves_everybody_on_the_target() {
-    for at in ["after:decided", "before:switched", "after:switched", "before:resumed", "after:resumed"] {
+    for at in [
+        "after:decided",
+        "before:switched",
+        "after:switched",
+        "before:resumed",
+        "after:resumed",
+        "before:attached",
+        "after:attached",
+    ] {
         let theatre = Theatre::open(2).await;
         let finished = theatre.stage.control.run(&["cutover", "--stop-at", at], LIMIT).await.unwrap();
         assert_eq!(finished.code, None, "{at}: {}", finished.story());
@@ -70,7 +78,7 @@ async fn a_proxyctl_killed_after_the_decision_leaves_everybody_on_the_target() {
 fn the_crashes_after_the_decision_are_all_of_the_plan() {
     assert_eq!(
         Plan.steps().filter(|step| *step > POINT_OF_NO_RETURN).collect::<Vec<_>>(),
-        [Step::Switched, Step::Resumed]
+        [Step::Switched, Step::Resumed, Step::Attached]
     );
 }
 

@@ -75,3 +75,5 @@ mod transplant_random;
 mod transplant_many;
 #[cfg(test)]
 mod rehearse;
+#[cfg(test)]
+mod rollback;

@@ -45,8 +45,7 @@ async fn rehearsals(count: usize) {
     let budgets = [("stall", "5s"), ("transaction_age_max", "60s"), ("drain", "4s"), ("lease", "5s")];
     let budgets = budgets.map(|(key, value)| (key.to_owned(), Value::from(value)));
     stage.control.config.insert("budgets".to_owned(), Value::Table(Table::from_iter(budgets)));
-    let way_back = Table::from_iter([("enabled".to_owned(), Value::from(true))]);
-    stage.control.config.insert("way_back".to_owned(), Value::Table(way_back));
+    stage.control.with_way_back();
     let mut load = WorkloadOptions::new(stage.ports(), 8);
     load.writes_per_s = 200;
     let load = Workload::start(&load).await.unwrap();

@@ -246,7 +246,7 @@ async fn decisions_do_not_travel_and_sentinels_do() {
             cluster.install(LIMIT).await.unwrap();
             cluster.seed(&db, LIMIT).await.unwrap();
         }
-        let subscriptions = clusters.target.subscriptions(&[], LIMIT).await.unwrap();
+        let subscriptions = clusters.target.subscriptions(&Name::new(DATABASE).unwrap(), &[], LIMIT).await.unwrap();
         assert_eq!(subscriptions[0].name, SUBSCRIPTION);
         clusters.publish_store(&subscriptions, LIMIT).await.unwrap();
         clusters.publish_store(&subscriptions, LIMIT).await.unwrap();

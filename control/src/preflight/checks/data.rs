@@ -26,7 +26,7 @@ pub(super) fn table_rights(facts: &Facts) -> Vec<Finding> {
 pub(super) fn replica_identity(facts: &Facts) -> Vec<Finding> {
     const CHECK: &str = "replica_identity";
     let bare = facts.source.tables.iter().filter(|table| !table.is_identified && table.kind != TableKind::Unlogged);
-    let found = bare
+    let mut found: Vec<Finding> = bare
         .map(|table| {
             let name = table.full_name();
             let problem = "has no primary key and no replica identity: UPDATE and DELETE fail, or are not replicated";
@@ -34,6 +34,17 @@ pub(super) fn replica_identity(facts: &Facts) -> Vec<Finding> {
             Finding::red(CHECK, format!("table {name}"), problem, fix)
         })
         .collect();
+    if facts.limits.way_back {
+        let there =
+            |name: &str| facts.source.tables.iter().any(|table| table.is_identified && table.full_name() == name);
+        let bare = facts.target.tables.iter().filter(|table| !table.is_identified && there(&table.full_name()));
+        found.extend(bare.map(|table| {
+            let name = table.full_name();
+            let problem = "has no primary key and no replica identity on the target: no way back";
+            let fix = format!("ALTER TABLE {name} REPLICA IDENTITY FULL; there, or set [way_back].enabled = false.");
+            Finding::red(CHECK, format!("table {name}"), problem, fix)
+        }));
+    }
     or_green(CHECK, "source", "every table has one", found)
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Invariant: pure; a lag that can't be seen is red.
 
-use crate::clusters::uncovered;
+use crate::clusters::{uncovered, way_back};
 use crate::finding::Finding;
 use crate::preflight::checks::or_green;
 use crate::preflight::facts::Facts;
@@ -12,8 +12,15 @@ pub(super) fn subscriptions(facts: &Facts) -> Vec<Finding> {
     let of = &facts.replication;
     let mut found = Vec::new();
     for name in &of.missing {
+        let object = format!("subscription {name}");
+        if way_back::epoch_of(&facts.db, name).is_some() {
+            let fix = "proxyctl way-back attach; if the move there was made with [way_back].enabled = false, or the way back \
+                       was dropped, only a new copy leads back.";
+            found.push(Finding::red(CHECK, object, "is not there: nothing leads back", fix));
+            continue;
+        }
         let fix = "Correct [replication].subscriptions, or create it.";
-        found.push(Finding::red(CHECK, format!("subscription {name}"), "is not in the target database", fix));
+        found.push(Finding::red(CHECK, object, "is not in the target database", fix));
     }
     if of.subscriptions.is_empty() {
         let problem = format!("database {} has no subscription", facts.target.database);

@@ -151,6 +151,8 @@ pub(super) fn own_rights(facts: &Facts) -> Vec<Finding> {
                     ("may not see what kind others' sessions are", format!("GRANT pg_monitor TO {};", cluster.login))
                 }
                 "slot" => ("may not create a replication slot", format!("ALTER ROLE {} REPLICATION;", cluster.login)),
+                "subscribe" => ("can't subscribe to the target: no way back", subscribing(cluster)),
+                "detach" => ("may not disable the subscription that leads there: no way back", detaching(cluster)),
                 // Its absence can be lived with: see event_trigger().
                 _ => continue,
             };
@@ -159,6 +161,32 @@ pub(super) fn own_rights(facts: &Facts) -> Vec<Finding> {
         }
     }
     or_green(CHECK, facts.db.as_str(), "tried on both sides and rolled back", found)
+}
+
+/// From this on whoever has the right may own a subscription.
+const SUBSCRIPTIONS_GRANTED: u32 = 16;
+const SUPERUSER_SQL: &str =
+    "let a superuser run the part of `proxyctl objects sql` about pgcutover_subscriber in the database";
+
+fn subscribing(cluster: &ClusterFacts) -> String {
+    let right = if major(cluster) >= SUBSCRIPTIONS_GRANTED {
+        format!("GRANT pg_create_subscription TO {};", cluster.login)
+    } else {
+        format!("before 16 {SUPERUSER_SQL};")
+    };
+    format!(
+        "If rights are missing: {right} if it does not get there: let it log in from there (pg_hba.conf of the target, with \
+         a password), or say in [target].replication_dsn how; or set [way_back].enabled = false."
+    )
+}
+
+fn detaching(cluster: &ClusterFacts) -> String {
+    let right = if major(cluster) >= SUBSCRIPTIONS_GRANTED {
+        format!("ALTER SUBSCRIPTION ... OWNER TO {};", cluster.login)
+    } else {
+        format!("Before 16 {SUPERUSER_SQL};")
+    };
+    format!("{right} or set [way_back].enabled = false.")
 }
 
 pub(super) fn event_trigger(facts: &Facts) -> Vec<Finding> {

@@ -1,0 +1,92 @@
+//! `proxyctl rollback`: the cutover the other way round: from the server that serves to the one that served before.
+//!
+//! Invariant: the direction is read off the servers' decisions, never guessed; the pipeline is the cutover's own, so its
+//! guarantees are too.
+
+use std::fmt;
+
+use clap::Args;
+use serde::Serialize;
+
+use crate::clusters::{Cluster, Clusters, Role, way_back};
+use crate::commands::cutover::Cutover;
+use crate::commands::{Context, preflight};
+use crate::finding::Finding;
+use crate::plan::Goal;
+use crate::printer::Exit;
+use crate::state::Ending;
+use crate::steps::reverse;
+
+/// How.
+#[derive(Debug, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "flags on a command line are booleans")]
+pub struct Rollback {
+    /// Only look for what would make it fail, and change nothing.
+    #[arg(long, conflicts_with = "rehearse")]
+    preflight: bool,
+    /// Take every step that can be taken back, then go back.
+    #[arg(long)]
+    rehearse: bool,
+    #[command(flatten)]
+    how: Cutover,
+}
+
+#[derive(Serialize)]
+struct Refusal {
+    database: String,
+    outcome: Ending,
+    findings: Vec<Finding>,
+}
+
+impl Rollback {
+    /// Turns the configuration round and goes.
+    pub async fn run(self, context: Context) -> anyhow::Result<Exit> {
+        let context = match turned(context).await {
+            Ok(context) => context,
+            Err((context, finding)) => {
+                let database = context.config.database.clone();
+                context.printer.data(&Refusal { database, outcome: Ending::Refused, findings: vec![finding] });
+                return Ok(Exit::Refused);
+            }
+        };
+        match (self.preflight, self.rehearse) {
+            (true, _) => preflight::run(&context).await,
+            (false, true) => self.how.run(Goal::Rehearsal, context).await,
+            (false, false) => self.how.run(Goal::Cutover, context).await,
+        }
+    }
+}
+
+async fn turned(context: Context) -> Result<Context, (Context, Finding)> {
+    let config = &context.config;
+    let clusters = Clusters {
+        source: Cluster::new(Role::Source, &config.source.endpoint),
+        target: Cluster::new(Role::Target, &config.target.endpoint),
+    };
+    match reverse::served(config, &clusters).await {
+        Ok(Some(served)) if served.by == Role::Target => {
+            let subscription = way_back::of_epoch(&config.route, served.claim.epoch);
+            let Context { config, printer } = context;
+            Ok(Context { config: config.turned(Some(subscription)), printer })
+        }
+        Ok(Some(_) | None) => {
+            let problem =
+                format!("is served by {}, where it is to come from: nothing leads back", config.source.backend);
+            let fix = "proxyctl status tells where it is; proxyctl cutover moves it";
+            let finding = Finding::red("rollback", &config.database, problem, fix);
+            Err((context, finding))
+        }
+        Err(error) => {
+            let fix = "both servers have to answer before anything can be moved back: see that they run";
+            let finding = Finding::red("rollback", &config.database, error.to_string(), fix);
+            Err((context, finding))
+        }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}: rollback refused, nothing happened", self.database)?;
+        self.findings.iter().try_for_each(|finding| writeln!(f, "{finding}"))
+    }
+}
