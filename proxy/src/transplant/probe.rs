@@ -80,7 +80,7 @@ UNION ALL SELECT k, NULL FROM (VALUES ('dynamic', 'set_config\\s*\\(\\s*[^''\\s]
   ('locks', 'pg_(try_)?advisory_lock')) v (k, pattern)
  WHERE EXISTS (SELECT FROM pg_catalog.pg_proc p
   JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) p.pronamespace
-  WHERE n.nspname::pg_catalog.text OPERATOR(pg_catalog.!~) '^(pg_catalog|information_schema|pgcutover)$'
+  WHERE n.nspname::pg_catalog.text OPERATOR(pg_catalog.!~) '^(pg_catalog|information_schema|pgcutover|pgcutover_subscriber)$'
    AND p.prosrc OPERATOR(pg_catalog.~*) v.pattern)
 UNION ALL (SELECT 'sequence', c.oid::pg_catalog.text FROM pg_catalog.pg_class c
  WHERE c.relkind::pg_catalog.text OPERATOR(pg_catalog.=) 'S' AND c.relpersistence::pg_catalog.text OPERATOR(pg_catalog.<>) 't'
