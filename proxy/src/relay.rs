@@ -321,7 +321,7 @@ impl<S: ShutSignal> Relay<'_, S> {
             if self.tracker.at_rest() {
                 return Scan::Dry;
             }
-            if matches!(header.tag, b'E' | b'Z')
+            if matches!(header.tag, b'1' | b'E' | b'Z')
                 && let Some(overheard) = self.overheard.as_mut()
             {
                 overheard.answer(header.tag);
@@ -336,7 +336,14 @@ impl<S: ShutSignal> Relay<'_, S> {
                 }
                 b'Z' | b'S' if !self.down.holds(header.total_bytes, WHOLE_BYTES_MAX) => return Scan::Dry,
                 _ if wanted && !self.down.holds(header.total_bytes, WHOLE_BYTES_MAX) => return Scan::Dry,
-                b'Z' => self.tracker.backend(b'Z', self.down.pending()[HEADER_BYTES]),
+                b'Z' => {
+                    self.tracker.backend(b'Z', self.down.pending()[HEADER_BYTES]);
+                    if !self.tracker.is_busy()
+                        && let Some(overheard) = self.overheard.as_mut()
+                    {
+                        overheard.answered();
+                    }
+                }
                 b'S' => {
                     let body = &self.down.pending()[HEADER_BYTES..header.total_bytes];
                     match message::parameter_status(body) {

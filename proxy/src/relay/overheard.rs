@@ -4,13 +4,12 @@
 //! a hazard itself. Words are compared without regard to case, inside strings and comments too. Pure.
 
 mod locks;
+mod unnamed;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use locks::Locks;
-
-/// Texts of unnamed statements are kept up to this many bytes: a session owns one.
-const UNNAMED_BYTES_MAX: usize = 64 * 1024;
+use unnamed::Unnamed;
 
 /// Names of settings are kept up to this many.
 const NAMES_MAX: usize = 256;
@@ -48,14 +47,6 @@ pub enum Parsing {
     Settled,
     /// A setting may have changed after the first of them.
     Unsettled,
-}
-
-/// Whether the server skips messages up to the next Sync.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-enum Skipping {
-    #[default]
-    No,
-    Perhaps,
 }
 
 /// Statements with a clause SET of their own.
@@ -100,8 +91,7 @@ pub struct Overheard {
     hazards: BTreeSet<Hazard>,
     names: BTreeSet<Box<[u8]>>,
     parsing: Parsing,
-    unnamed: Option<Box<[u8]>>,
-    skipping: Skipping,
+    unnamed: Unnamed,
     locks: LockCalls,
 }
 
@@ -196,7 +186,7 @@ impl Overheard {
     /// The text of the last Parse of the unnamed statement, if it is sure which that was.
     #[must_use]
     pub fn unnamed(&self) -> Option<&[u8]> {
-        self.unnamed.as_deref()
+        self.unnamed.text()
     }
 
     /// Calls that took a session advisory lock each, since none was held; `None`: unclear.
@@ -234,21 +224,18 @@ impl Overheard {
     pub(super) fn unread(&mut self, tag: u8) {
         self.note(Hazard::Unread);
         if tag == b'P' {
-            self.unnamed = None;
+            self.unnamed.unread();
         }
     }
 
     /// The type of a message of the server.
     pub(super) fn answer(&mut self, tag: u8) {
-        match tag {
-            b'E' => {
-                // The last Parse may have been skipped, and the one before it be alive.
-                self.unnamed = None;
-                self.skipping = Skipping::Perhaps;
-            }
-            b'Z' => self.skipping = Skipping::No,
-            _ => {}
-        }
+        self.unnamed.answer(tag);
+    }
+
+    /// All that was sent is answered: what fails from here on does not undo the last unnamed Parse.
+    pub(super) fn answered(&mut self) {
+        self.unnamed.answered();
     }
 
     /// A setting that the server reported.
@@ -270,10 +257,7 @@ impl Overheard {
         let mut parts = body.splitn(3, |byte| *byte == 0);
         let (name, text) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
         self.parsed();
-        if name.is_empty() {
-            let sure = self.skipping == Skipping::No && text.len() <= UNNAMED_BYTES_MAX;
-            self.unnamed = sure.then(|| text.into());
-        }
+        self.unnamed.parse(name, text);
         let taken = self.locks_in(text);
         self.locks.parsed(name, taken);
     }
@@ -485,18 +469,5 @@ mod tests {
         assert_eq!(overheard.parsing(), Parsing::Settled);
         overheard.reported(b"timezone");
         assert_eq!(overheard.parsing(), Parsing::Unsettled);
-    }
-
-    #[test]
-    fn an_unnamed_text_is_known_only_while_nothing_failed() {
-        let mut overheard = Overheard::default();
-        overheard.request(b'P', b"\0SELECT 1\0\0\0");
-        assert_eq!(overheard.unnamed(), Some(&b"SELECT 1"[..]));
-        overheard.answer(b'E');
-        overheard.request(b'P', b"\0SELECT 2\0\0\0");
-        assert_eq!(overheard.unnamed(), None, "it may have been skipped");
-        overheard.answer(b'Z');
-        overheard.request(b'P', b"\0SELECT 3\0\0\0");
-        assert_eq!(overheard.unnamed(), Some(&b"SELECT 3"[..]));
     }
 }

@@ -105,7 +105,7 @@ async fn begin_session(psql: &mut Psql, engagement: &Engagement) -> Result<()> {
         psql.run("SET work_mem = '7MB'").await?;
         psql.run(&format!("LISTEN echo_{}", engagement.client)).await?;
         psql.run("PREPARE send (int, bigint, bytea, timestamptz) AS INSERT INTO parcel (client, n, body, sent) VALUES ($1, $2, $3, $4)").await?;
-        psql.run("PREPARE look (int, bigint) AS SELECT encode(body, 'hex'), extract(epoch FROM sent) * 1000 FROM parcel WHERE client = $1 AND n = $2").await?;
+        psql.run("PREPARE look (int, bigint) AS SELECT encode(body, 'hex'), (extract(epoch FROM sent) * 1000)::bigint FROM parcel WHERE client = $1 AND n = $2").await?;
     }
     Ok(())
 }
@@ -142,7 +142,7 @@ async fn afterwards(psql: &mut Psql, engagement: &Engagement, order: Order, note
     let look = match engagement.pooling {
         Pooling::Session => format!("EXECUTE look({client}, {n})"),
         Pooling::Transaction => format!(
-            "SELECT encode(body, 'hex'), extract(epoch FROM sent) * 1000 FROM parcel WHERE client = {client} AND n = {n}"
+            "SELECT encode(body, 'hex'), (extract(epoch FROM sent) * 1000)::bigint FROM parcel WHERE client = {client} AND n = {n}"
         ),
     };
     let found = psql.run(&look).await?.join("\n");

@@ -74,7 +74,6 @@ macro_rules! a_test_for_each_way {
             use super::*;
             static ONCE: Once = Once::const_new();
             $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            #[ignore = "some ways keep their server after an error yet, which stops all: the bin matrix tells each"]
             async fn $test() {
                 survived(crossed(&ONCE, Pooling::Session, (13, 17), WAYS.iter().collect()).await, $way);
             })*
@@ -120,14 +119,12 @@ fn every_way_of_every_driver_has_its_tests() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "run by the bin matrix only"]
 async fn a_driver_of_each_kind_survives_the_way_down_in_transaction_pooling() {
     static ONCE: Once = Once::const_new();
     some_survive(&ONCE, Pooling::Transaction, (17, 13)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "some ways keep their server after an error yet, which stops all: the bin matrix tells each"]
 async fn a_driver_of_each_kind_survives_the_way_down_in_session_pooling() {
     static ONCE: Once = Once::const_new();
     some_survive(&ONCE, Pooling::Session, (17, 13)).await;
@@ -140,7 +137,6 @@ async fn a_driver_of_each_kind_survives_the_way_to_18_in_transaction_pooling() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "some ways keep their server after an error yet, which stops all: the bin matrix tells each"]
 async fn a_driver_of_each_kind_survives_the_way_to_18_in_session_pooling() {
     static ONCE: Once = Once::const_new();
     some_survive(&ONCE, Pooling::Session, (16, 18)).await;
