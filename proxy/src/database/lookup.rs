@@ -95,6 +95,8 @@ impl Database {
         let Ok(name) = std::str::from_utf8(user) else { return Ok(None) };
         let shed_at = Instant::now() + self.site.config.load().general.hold_budget;
         loop {
+            // Looked at before the question: it may find no server, and the pause end before that is known.
+            let was_shut = self.site.gate.is_shut();
             match self.ask_for(name, question).await {
                 Ok(secret) => {
                     self.lookups.remember(user, secret.as_deref());
@@ -108,10 +110,12 @@ impl Database {
                     tracing::warn!(database = %self.name(), auth_user = %question.user, why, "no answer to auth_query");
                 }
             }
-            if !self.site.gate.is_shut() {
+            if !was_shut && !self.site.gate.is_shut() {
                 return Err(Report::user_lookup_unanswered());
             }
-            if let Some(secret) = self.lookups.recall(user) {
+            if self.site.gate.is_shut()
+                && let Some(secret) = self.lookups.recall(user)
+            {
                 return Ok(Some(secret));
             }
             if Instant::now() >= shed_at {

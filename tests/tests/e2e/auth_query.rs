@@ -11,6 +11,8 @@ use e2e::client::Client;
 use e2e::cluster::Cluster;
 use e2e::pair::{APP, DATABASE, OTHER, PROXY, PairOptions, SOURCE, TARGET, password, single};
 use e2e::proxy::{Proxy, ProxyOptions};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 use tokio_postgres::Config;
 
 use crate::house::{House, LIMIT, run, sqlstate, stderr, stdout, until};
@@ -238,6 +240,49 @@ async fn during_a_pause_users_log_in_and_are_held_even_if_the_server_is_away() {
     };
     let (late, (held, away)) = tokio::join!(late, back);
     assert_eq!((late.as_str(), held.as_deref(), away.as_deref()), (PROXY, Some(OTHER), Some(APP)));
+}
+
+/// A connection that says it is the asker's: a question. Others find nobody.
+async fn question(port: &TcpListener) -> TcpStream {
+    let asked = async {
+        loop {
+            let (mut socket, _) = port.accept().await.unwrap();
+            let mut startup = vec![0; 1024];
+            let mut length = socket.read(&mut startup).await.unwrap();
+            // An SSLRequest.
+            if length == 8 {
+                socket.write_all(b"N").await.unwrap();
+                length = socket.read(&mut startup).await.unwrap();
+            }
+            if startup[..length].windows(ASKER.len() + 1).any(|bytes| bytes == format!("{ASKER}\0").as_bytes()) {
+                return socket;
+            }
+        }
+    };
+    tokio::time::timeout(LIMIT, asked).await.expect("nobody asks")
+}
+
+#[tokio::test]
+async fn a_question_that_breaks_when_its_pause_is_over_is_asked_again() {
+    let mut house = open(|_| ()).await;
+    assert_eq!(enter(&house.proxy, APP, &password(APP)).await.unwrap(), APP);
+    let admin = house.proxy.admin().await.unwrap();
+    admin.run("PAUSE app").await.unwrap();
+    house.server.stop(e2e::cluster::Stop::Fast);
+    // In the server's place somebody who never answers.
+    let port = TcpListener::bind(("127.0.0.1", house.server.port())).await.unwrap();
+    let secret = password(OTHER);
+    let login = refused(&house.proxy, OTHER, &secret);
+    let questions = async {
+        let first = question(&port).await;
+        admin.run("RESUME app").await.unwrap();
+        drop(first);
+        // This one was not asked in a pause: it is the last.
+        drop(question(&port).await);
+        drop(port);
+    };
+    let (sqlstate, ()) = tokio::join!(login, questions);
+    assert_eq!(sqlstate, "57P03");
 }
 
 /// Two servers that know the user by different passwords: the one that is active is asked.
