@@ -28,6 +28,8 @@ pub struct TypeFacts {
     pub kind: Kind,
     /// What it is made of, comparable as text; none if our login may not see all of it.
     pub shape: Option<String>,
+    /// Columns and functions by which statements meet it (`column public.person.feeling`), ordered.
+    pub met_in: Vec<String>,
 }
 
 /// A name that means the same on both servers.
@@ -108,6 +110,7 @@ fn decode(row: &Cells<'_>) -> Result<TypeFacts, BadCell> {
         oid: row.number("oid")?,
         kind: Kind::of(&row.text("kind")?),
         shape: row.maybe_text("shape"),
+        met_in: row.maybe_text("met_in").map(|lines| lines.lines().map(str::to_owned).collect()).unwrap_or_default(),
     })
 }
 
@@ -122,7 +125,8 @@ fn question() -> String {
            LEFT JOIN pg_type e ON e.oid = t.typelem AND e.typarray = t.oid \
            WHERE t.typisdefined AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'pgcutover')), \
          used AS (SELECT DISTINCT s.element FROM named s JOIN pg_depend d ON d.refobjid = s.oid \
-           WHERE d.refclassid = 'pg_type'::regclass AND d.deptype <> 'i') \
+           WHERE d.refclassid = 'pg_type'::regclass AND d.deptype <> 'i'), \
+         meets AS ({MEETS}) \
          SELECT s.oid, s.schema, s.name, s.is_array, s.kind, CASE WHEN s.is_array THEN 'array' ELSE CASE s.typtype \
              WHEN 'e' THEN 'enum ' || coalesce((SELECT array_agg(l.enumlabel ORDER BY l.enumsortorder)::text \
                FROM pg_enum l WHERE l.enumtypid = s.oid), '{{}}') \
@@ -131,7 +135,8 @@ fn question() -> String {
              WHEN 'd' THEN 'domain over ' || {base} \
              WHEN 'r' THEN 'range of ' || (SELECT {subtype} FROM pg_range r WHERE r.rngtypid = s.oid) \
              WHEN 'm' THEN 'multirange' \
-             ELSE 'base type of length ' || s.typlen END END AS shape \
+             ELSE 'base type of length ' || s.typlen END END AS shape, \
+           (SELECT string_agg(DISTINCT m.place, E'\\n') FROM meets m WHERE m.type = s.oid) AS met_in \
          FROM named s LEFT JOIN pg_class c ON c.oid = s.relation \
          WHERE s.kind IN ('b', 'e', 'd', 'r', 'm') \
            OR s.kind = 'c' AND (c.relkind = 'c' OR s.element IN (SELECT u.element FROM used u)) \
@@ -141,6 +146,19 @@ fn question() -> String {
         subtype = spelt("r.rngsubtype", "-1"),
     )
 }
+
+/// Where statements meet a type. Of a domain they are told the type below it. Functions that an extension brought, or a range
+/// for itself, are as many as they are unlikely to be called for their types.
+const MEETS: &str = "SELECT p.place, m.type FROM \
+       (SELECT 'column ' || n.nspname || '.' || c.relname || '.' || a.attname AS place, n.nspname, ARRAY[a.atttypid] AS types \
+        FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace \
+        WHERE a.attnum > 0 AND NOT a.attisdropped AND c.relkind IN ('r', 'p', 'v', 'm', 'f') AND NOT c.relispartition \
+        UNION ALL SELECT 'function ' || n.nspname || '.' || f.proname, n.nspname, \
+          array_append(coalesce(f.proallargtypes, f.proargtypes::oid[]), f.prorettype) \
+        FROM pg_proc f JOIN pg_namespace n ON n.oid = f.pronamespace WHERE NOT EXISTS (SELECT FROM pg_depend d \
+          WHERE d.classid = 'pg_proc'::regclass AND d.objid = f.oid AND d.deptype IN ('e', 'i'))) p, \
+       unnest(p.types) u(oid) JOIN pg_type b ON b.oid = u.oid, unnest(ARRAY[b.oid, b.typbasetype]) m(type) \
+     WHERE p.nspname !~ '^pg_' AND p.nspname NOT IN ('information_schema', 'pgcutover') AND m.type >= 16384";
 
 /// A type's name with its modifier, the same on every version: `format_type` would quote what is a keyword there.
 fn spelt(oid: &str, modifier: &str) -> String {

@@ -15,9 +15,10 @@ const TYPES: &str = "CREATE EXTENSION hstore;
     CREATE DOMAIN positive AS numeric(8,2) CHECK (VALUE > 0);
     CREATE DOMAIN moods AS mood[];
     CREATE TYPE span AS RANGE (subtype = time);
+    CREATE VIEW feelings AS SELECT 'ok'::mood AS feeling;
+    CREATE FUNCTION cheer(more moods) RETURNS positive LANGUAGE sql AS 'SELECT 1::positive';
     CREATE FUNCTION best() RETURNS SETOF branches LANGUAGE sql AS 'SELECT * FROM branches'";
-const NO_TYPES: &str =
-    "DROP FUNCTION best(); DROP TYPE addr, span; DROP DOMAIN positive, moods; DROP TYPE mood; DROP EXTENSION hstore";
+const NO_TYPES: &str = "DROP FUNCTION best(), cheer(moods); DROP VIEW feelings; DROP TYPE addr, span; DROP DOMAIN positive, moods; DROP TYPE mood; DROP EXTENSION hstore";
 
 /// What preflight says of types, but for what it found right.
 async fn said(bench: &Bench, oid_change: OidChange) -> Vec<Finding> {
@@ -60,6 +61,14 @@ async fn types_of_another_shape_or_number_are_named() {
         let refused = said(&bench, OidChange::Refused).await;
         names(&refused, "type public.addr, public.branches", "OutdatedSchemaCacheError");
         names(&refused, "type public.mood", "psycopg 3");
+        // What a statement is told of a domain over an array of moods is an array of moods.
+        names(
+            &refused,
+            "type public.mood",
+            "those with column public.feelings.feeling, function public.cheer; drivers",
+        );
+        names(&refused, "type public.addr, public.branches", "those with function public.best; drivers");
+        names(&refused, "public.hstore,", "those with function public.cheer; drivers");
         names(&refused, "public.hstore, public.moods, public.positive, public.span", "by hand");
         let text = format!("{refused:?}");
         assert!(!text.contains("accounts") && !text.contains("is missing on the target\""), "{text}");
@@ -82,7 +91,7 @@ async fn types_of_another_shape_or_number_are_named() {
                 "numeric(10,3)",
             ),
             (
-                "DROP DOMAIN moods; CREATE DOMAIN moods AS text[]",
+                "DROP DOMAIN moods CASCADE; CREATE DOMAIN moods AS text[]",
                 "DROP DOMAIN moods; CREATE DOMAIN moods AS mood[]",
                 "moods",
                 "domain over public.mood[] on the source and domain over text[] on the target",

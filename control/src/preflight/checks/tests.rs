@@ -60,7 +60,7 @@ fn login(name: &str, verifier: &str) -> LoginRole {
 
 fn kind(name: &str, kind: Kind, oid: u32, shape: &str) -> TypeFacts {
     let name = TypeName { schema: "public".to_owned(), name: name.to_owned(), rank: Rank::Itself };
-    TypeFacts { name, oid, kind, shape: Some(shape.to_owned()) }
+    TypeFacts { name, oid, kind, shape: Some(shape.to_owned()), met_in: Vec::new() }
 }
 
 fn mood(oid: u32) -> TypeFacts {
@@ -287,6 +287,8 @@ fn types_that_are_not_the_same_are_seen() {
     gives(Level::Red, check, "target role pgcutover", |f| f.target.types = Types::Hidden("no".to_owned()));
     // Only an array that differs alone is named for itself.
     gives(Level::Red, check, "public.mood[]", |f| types(&mut f.target)[1].oid = 30_000);
+    let found = with(|f| types(&mut f.target)[1].oid = 30_000);
+    assert!(found[0].problem.contains("statements at risk: those that name it (no column or function"), "{found:?}");
     assert_eq!(with(|f| types(&mut f.target).push(kind("more", Kind::Enum, 31_000, "enum {}"))), []);
     // A multirange comes with its range from 14 on, used or not.
     let multirange = kind("spans", Kind::Multirange, 32_000, "multirange");
@@ -301,13 +303,16 @@ fn types_that_are_not_the_same_are_seen() {
 fn types_of_other_numbers_are_red_until_accepted_and_name_the_drivers() {
     let driver = |kind_of: Kind, word: &str, accepted: OidChange| {
         let found = with(|f| {
-            types(&mut f.source).push(kind("thing", kind_of, 40_000, "same"));
+            let met_in = vec!["column public.t.x".to_owned(), "function public.f".to_owned()];
+            types(&mut f.source).push(TypeFacts { met_in, ..kind("thing", kind_of, 40_000, "same") });
             types(&mut f.target).push(kind("thing", kind_of, 40_001, "same"));
             f.limits.oid_change = accepted;
         });
         assert_eq!(found.len(), 1, "{found:?}");
         assert!(found[0].object.contains("public.thing") && !found[0].fix.is_empty(), "{found:?}");
         assert!(found[0].problem.contains(word) && found[0].problem.ends_with("connected now: shop"), "{found:?}");
+        let statements = "statements at risk: those with column public.t.x, function public.f;";
+        assert!(found[0].problem.contains(statements), "{found:?}");
         found[0].level
     };
     for (kind, word) in [

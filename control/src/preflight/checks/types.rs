@@ -60,7 +60,7 @@ impl Pair<'_> {
 
 fn hidden(side: &str, login: &str, words: &str) -> Finding {
     let fix = format!(
-        "GRANT SELECT ON pg_type, pg_namespace, pg_class, pg_depend, pg_enum, pg_attribute, pg_range TO {login}; on the {side}."
+        "GRANT SELECT ON pg_type, pg_namespace, pg_class, pg_depend, pg_proc, pg_enum, pg_attribute, pg_range TO {login}; on the {side}."
     );
     Finding::red(CHECK, format!("{side} role {login}"), format!("may not read the types: {words}"), fix)
 }
@@ -126,16 +126,17 @@ fn moved(facts: &Facts, pairs: &[Pair<'_>]) -> Vec<Finding> {
     const RISKS: [(&[Kind], &str); 3] = [
         (
             &[Kind::Composite],
-            "at risk: asyncpg (fails with OutdatedSchemaCacheError), and psycopg 3 where it is registered and read in \
-             binary (gives raw bytes, without an error)",
+            "asyncpg (OutdatedSchemaCacheError), psycopg2 and psycopg 3 where it is registered (text or bytes, without an \
+             error), postgres.js, pgJDBC, pgx, tokio-postgres and sqlx (errors)",
         ),
         (
             &[Kind::Enum],
-            "at risk: psycopg 3 where it is registered and read in binary (gives raw bytes, without an error); not asyncpg",
+            "psycopg 3 where it is registered and read in binary (bytes, without an error), psycopg2 for its arrays, \
+             postgres.js, pgJDBC, pgx, tokio-postgres and sqlx (errors); not asyncpg",
         ),
         (
             &[Kind::Base, Kind::Domain, Kind::Range, Kind::Multirange],
-            "at risk: drivers that an application has told the number by hand; not asyncpg for domains and base types",
+            "those that an application has told the number by hand; not asyncpg for domains and base types",
         ),
     ];
     let others: Vec<&TypeFacts> = pairs.iter().filter(|pair| pair.is_moved()).map(|pair| pair.here).collect();
@@ -147,7 +148,11 @@ fn moved(facts: &Facts, pairs: &[Pair<'_>]) -> Vec<Finding> {
             continue;
         }
         let object = format!("type {}", some(&names));
-        let problem = format!("has another oid on the target; {risk}; connected now: {}", applications(facts));
+        let problem = format!(
+            "has another oid on the target; statements at risk: {}; drivers at risk: {risk}; connected now: {}",
+            statements(&of_these),
+            applications(facts)
+        );
         found.push(match facts.limits.oid_change {
             OidChange::Refused => {
                 let fix = "Build the target with equal oids (README), or say accept_oid_change = true under [policy].";
@@ -159,6 +164,17 @@ fn moved(facts: &Facts, pairs: &[Pair<'_>]) -> Vec<Finding> {
         });
     }
     found
+}
+
+/// By which columns and functions statements get to know these types; of texts that cast to them no catalogue knows.
+fn statements(types: &[&TypeFacts]) -> String {
+    let places: BTreeSet<&str> = types.iter().flat_map(|t| t.met_in.iter().map(String::as_str)).collect();
+    let places: Vec<&str> = places.into_iter().collect();
+    if places.is_empty() {
+        "those that name it (no column or function has it)".to_owned()
+    } else {
+        format!("those with {}", some(&places))
+    }
 }
 
 /// Who is connected, as far as anybody says so: clients of the proxies, and sessions beside them.
