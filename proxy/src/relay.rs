@@ -9,7 +9,7 @@ mod overheard;
 
 use buffer::WHOLE_BYTES_MAX;
 pub use buffer::{Buffer, Read};
-pub use overheard::{Hazard, Overheard, Parsing};
+pub use overheard::{Hazard, Overheard, Parsing, Reset};
 
 use std::io;
 use std::task::{Context, Poll};
@@ -21,6 +21,9 @@ use crate::report::Report;
 use crate::statements::{Back, Counts, Desk, Look, Rest};
 use crate::stream::Stream;
 use crate::tracker::{Front, Shut, Stand, Status, Tracker};
+
+/// The longest CommandComplete of a statement that takes settings back to their start: DISCARD ALL.
+const RESETTING_BYTES_MAX: usize = HEADER_BYTES + 12;
 
 /// What becomes of named statements: the rules of the pool mode.
 #[derive(Debug)]
@@ -343,6 +346,15 @@ impl<S: ShutSignal> Relay<'_, S> {
                     {
                         overheard.answered();
                     }
+                }
+                b'C' if header.total_bytes <= RESETTING_BYTES_MAX && self.overheard.is_some() => {
+                    if !self.down.holds(header.total_bytes, WHOLE_BYTES_MAX) {
+                        return Scan::Dry;
+                    }
+                    if let Some(overheard) = self.overheard.as_mut() {
+                        overheard.completed(&self.down.pending()[HEADER_BYTES..header.total_bytes]);
+                    }
+                    self.tracker.backend(b'C', 0);
                 }
                 b'S' => {
                     let body = &self.down.pending()[HEADER_BYTES..header.total_bytes];

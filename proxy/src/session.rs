@@ -6,6 +6,7 @@
 
 mod errand;
 mod refuse;
+mod resets;
 mod wait;
 
 pub use errand::Known;
@@ -135,6 +136,11 @@ impl Session {
         self.client.enter(State::Idle, ended_at);
         let (lease, end, moved) = outcome?;
         self.count(moved, micros(ended_at - begun_at));
+        // What the server says beside its answers is in the buffer: then it waits for the next transaction's end.
+        let mut lease = lease;
+        if matches!(end, End::Rest) && self.down.is_none() && self.overheard.is_some() {
+            Box::pin(self.start_again(&mut lease)).await?;
+        }
         self.finish(lease, end)
     }
 

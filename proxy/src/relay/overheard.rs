@@ -4,11 +4,15 @@
 //! a hazard itself. Words are compared without regard to case, inside strings and comments too. Pure.
 
 mod locks;
+mod resets;
 mod unnamed;
+
+pub use resets::Reset;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use locks::Locks;
+use resets::Resets;
 use unnamed::Unnamed;
 
 /// Names of settings are kept up to this many.
@@ -92,6 +96,7 @@ pub struct Overheard {
     names: BTreeSet<Box<[u8]>>,
     parsing: Parsing,
     unnamed: Unnamed,
+    resets: Resets,
     locks: LockCalls,
 }
 
@@ -238,6 +243,16 @@ impl Overheard {
         self.unnamed.answered();
     }
 
+    /// The command tag of a statement that the server has carried out.
+    pub(super) fn completed(&mut self, tag: &[u8]) {
+        self.resets.completed(tag);
+    }
+
+    /// A transaction is over: which settings it has taken back to their start.
+    pub fn take_reset(&mut self) -> Reset {
+        self.resets.take()
+    }
+
     /// A setting that the server reported.
     pub(super) fn reported(&mut self, name: &[u8]) {
         if name.eq_ignore_ascii_case(b"session_authorization") {
@@ -327,6 +342,9 @@ impl Overheard {
             }
         }
         let end = after.iter().position(|byte| !is_word(*byte) && *byte != b'.').unwrap_or(after.len());
+        if !clause && is_default(&after[end..]) {
+            self.resets.set_to_default();
+        }
         // Quotes, comments, `format('SET %I …')`, `SET a . b`: a name that would have to be parsed.
         let odd = end == 0 || after[end..].trim_ascii_start().first().is_some_and(|byte| b"\".%/|'-".contains(byte));
         if !odd {
@@ -340,6 +358,7 @@ impl Overheard {
     fn reset(&mut self, after: &[u8]) {
         let after = after.trim_ascii_start();
         let end = after.iter().position(|byte| !is_word(*byte) && *byte != b'.').unwrap_or(after.len());
+        self.resets.reset(&after[..end]);
         if after.get(end) == Some(&b'"') {
             self.note(Hazard::DynamicSetting);
         } else {
@@ -371,6 +390,15 @@ impl Overheard {
         }
         self.names.insert(name.to_ascii_lowercase().into());
     }
+}
+
+/// `TO DEFAULT`, `= DEFAULT`, `ZONE DEFAULT`, `ZONE LOCAL`.
+fn is_default(rest: &[u8]) -> bool {
+    let next = |rest: &[u8]| rest.iter().position(|byte| !is_word(*byte)).unwrap_or(rest.len());
+    let rest = rest.trim_ascii_start();
+    let skipped = rest.strip_prefix(b"=").unwrap_or_else(|| &rest[next(rest)..]).trim_ascii_start();
+    let value = &skipped[..next(skipped)];
+    value.eq_ignore_ascii_case(b"default") || value.eq_ignore_ascii_case(b"local")
 }
 
 fn is_word(byte: u8) -> bool {
@@ -427,6 +455,22 @@ mod tests {
             "UPDATE t SET \"a\" = 1; SET \"a.b\" = 2",
         ] {
             assert_eq!(hazards(text), [Hazard::DynamicSetting], "{text}");
+        }
+    }
+
+    #[test]
+    fn a_set_to_default_is_a_reset_and_others_are_none() {
+        let reset = |text: &str| {
+            let mut heard = heard(&[text]);
+            heard.completed(b"SET\0");
+            heard.take_reset()
+        };
+        for text in ["SET work_mem TO DEFAULT", "set a.b=default", "SET LOCAL x = DEFAULT;", "SET TIME ZONE local"] {
+            assert_eq!(reset(text), Reset::Some, "{text}");
+        }
+        for text in ["SET x TO 1", "UPDATE t SET a = DEFAULT", "INSERT INTO t DEFAULT VALUES; SET x = 'default'", "SET"]
+        {
+            assert_eq!(reset(text), Reset::Nothing, "{text}");
         }
     }
 

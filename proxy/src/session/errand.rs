@@ -166,7 +166,12 @@ impl Session {
             reported.iter().for_each(|(name, value)| crate::parameters::report(&mut told, name, value));
             self.told = Arc::new(told);
         }
-        let written = tokio::time::timeout(QUIET, self.stream.write_all(&asides)).await;
+        self.tell(&asides).await
+    }
+
+    /// Passes on what a server has said aside. Ended by a client that does not read.
+    pub(super) async fn tell(&mut self, asides: &[u8]) -> Result<(), Farewell> {
+        let written = tokio::time::timeout(QUIET, self.stream.write_all(asides)).await;
         let written = written.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()));
         written.map_err(Farewell::ClientGone)
     }
@@ -208,7 +213,7 @@ fn reason(hazard: Hazard) -> Reason {
 }
 
 /// The settings among messages that came aside.
-fn settings_in(asides: &BytesMut) -> Vec<message::Pair> {
+pub(super) fn settings_in(asides: &BytesMut) -> Vec<message::Pair> {
     let mut rest = &asides[..];
     let mut settings = Vec::new();
     while let Ok(Some(frame)) = frame::next(rest, ASIDE_BYTES_MAX) {

@@ -42,6 +42,8 @@ mod prepared;
 #[cfg(test)]
 mod parameters;
 #[cfg(test)]
+mod resets;
+#[cfg(test)]
 mod hold;
 #[cfg(test)]
 mod cancel;
