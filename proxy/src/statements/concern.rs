@@ -62,6 +62,10 @@ fn of_parse(header: Header, body: &[u8], whole: bool) -> Concern {
         None => Concern::More(HEADER_BYTES + 1),
         Some((0, _)) if !whole && header.total_bytes <= UNNAMED_BYTES_MAX => Concern::More(header.total_bytes),
         Some((0, rest)) => match opening(rest, whole || rest.len() > FRONT_BYTES_MAX) {
+            Opening::Forgets if whole => match cstring(rest).and_then(|(text, _)| deallocated(text)) {
+                Some(name) => Concern::DeallocatesBySql(name),
+                None => Concern::Unnamed,
+            },
             Opening::Other | Opening::Forgets => Concern::Unnamed,
             Opening::Prepare => Concern::PreparesBySql,
             Opening::Unknown => Concern::More(HEADER_BYTES + body.len() + 1),

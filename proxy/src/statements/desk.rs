@@ -34,8 +34,8 @@ pub struct Desk<'a> {
     out: BytesMut,
     order: Order,
     unnamed: Unnamed,
-    /// The name that a DEALLOCATE under way takes away.
-    leaving: Option<Vec<u8>>,
+    /// What a DEALLOCATE under way takes away.
+    leaving: Option<Leaving>,
     /// The statement whose parameters the server has just described, so that its result is next.
     described: Option<Arc<Statement>>,
     result: Outcome,
@@ -51,6 +51,15 @@ enum Order {
     Forgetting,
     /// A query in the middle of a batch, or a copy of unclear end: nobody can tell.
     Lost,
+}
+
+/// The name that a client gives up by SQL.
+#[derive(Debug)]
+enum Leaving {
+    /// In a Query.
+    ByQuery(Vec<u8>),
+    /// In the unnamed statement: a statement of ours goes in its place when it is executed.
+    ByExecute(Vec<u8>),
 }
 
 /// What the client can know of the result of its last Bind.
@@ -197,6 +206,10 @@ impl<'a> Desk<'a> {
             Concern::Named => self.in_order(self.order != Order::Lost),
             // What is not answered yet may have to do with that name.
             Concern::DeallocatesBySql(_) if is_free && (must_wait || self.shelf.answers.marks() > 0) => Look::Wait,
+            Concern::DeallocatesBySql(name) if header.tag == b'P' => {
+                let is_clear = is_free && self.leaving.is_none() && self.find(&name).is_some();
+                if is_clear { Look::Rewrite } else { self.look_at_unnamed(header.tag, stand) }
+            }
             Concern::DeallocatesBySql(name) if self.find(&name).is_none() || stand == Stand::Copy => Look::Plain,
             Concern::DeallocatesBySql(_) => self.in_order(stand != Stand::Batch && self.order != Order::Lost),
         };

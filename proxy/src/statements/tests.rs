@@ -176,12 +176,13 @@ impl Server {
                 return Ok(());
             }
             b"PREPARE \"PGCUTOVER none\" AS SELECT 1" => {
-                assert!(self.named.insert(b"\"PGCUTOVER none\"".to_vec(), Vec::new()).is_none());
+                assert!(self.named.insert(b"PGCUTOVER none".to_vec(), Vec::new()).is_none());
                 done(b"PREPARE");
                 return Ok(());
             }
             _ => {
                 if let Some(name) = command.strip_prefix(b"DEALLOCATE ") {
+                    let name = name.strip_prefix(b"\"").and_then(|name| name.strip_suffix(b"\"")).unwrap_or(name);
                     self.named.remove(name).ok_or("26000")?;
                     done(b"DEALLOCATE");
                     return Ok(());
@@ -206,7 +207,10 @@ enum Sent {
 }
 
 const NAMES: [&str; 4] = ["", "s1", "s2", "s3"];
-const TEXTS: [&str; 8] = ["one", "two", "three", "four", "BEGIN", "ROLLBACK", "no parse", "no bind"];
+const TEXTS: [&str; 10] =
+    ["one", "two", "three", "four", "BEGIN", "ROLLBACK", "no parse", "no bind", "DEALLOCATE s1", "DEALLOCATE s2"];
+/// Those before it are for any statement.
+const DEALLOCATES: usize = 8;
 const QUERIES: [&str; 7] = ["one", "BEGIN", "ROLLBACK", "DEALLOCATE ALL", "DEALLOCATE s1", "DEALLOCATE s2", "no bind"];
 
 impl Sent {
@@ -241,7 +245,7 @@ impl Sent {
 
 fn batch() -> impl Strategy<Value = Vec<Sent>> {
     let message = prop_oneof![
-        4 => (0..4_usize, 0..TEXTS.len()).prop_map(|(name, text)| Sent::Parse(name, text)),
+        4 => (0..4_usize, 0..DEALLOCATES).prop_map(|(name, text)| Sent::Parse(name, text)),
         4 => (0..4_usize).prop_map(Sent::Bind),
         1 => (0..4_usize).prop_map(Sent::Describe),
         2 => (0..4_usize).prop_map(Sent::Close),
@@ -260,7 +264,14 @@ fn batch() -> impl Strategy<Value = Vec<Sent>> {
     let orderly = proptest::collection::vec(0..4_usize, 1..4).prop_map(|texts| {
         texts.into_iter().flat_map(|text| [Sent::Parse(0, text), Sent::Bind(0), Sent::Execute]).collect()
     });
-    let in_batches = prop_oneof![3 => extended, 1 => orderly].prop_map(|mut messages: Vec<Sent>| {
+    // One in a batch, bound there and never again, with nothing behind it that has to do with the name.
+    let deallocate = (0..4_usize, DEALLOCATES..TEXTS.len(), 2..4_usize).prop_map(|(before, text, length)| {
+        let all = [Sent::Parse(0, text), Sent::Bind(0), Sent::Execute];
+        let others = [Sent::Sync, Sent::Parse(0, 0), Sent::Bind(0)];
+        let before = [Sent::Bind(before)].into_iter().filter(|_| before > 0);
+        before.chain(all.into_iter().take(length)).chain(others).collect()
+    });
+    let in_batches = prop_oneof![3 => extended, 1 => orderly, 1 => deallocate].prop_map(|mut messages: Vec<Sent>| {
         messages.push(Sent::Sync);
         messages
     });

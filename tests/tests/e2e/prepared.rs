@@ -266,6 +266,19 @@ async fn a_statement_deallocated_by_sql_is_gone_for_its_client_alone() {
         assert!(query(wire, "DEALLOCATE s1").await.starts_with("25P02"));
         assert_eq!(query(wire, "ROLLBACK").await, "C I");
         assert_eq!(batch(wire, |out| run_it(out, "s1", 3)).await, "2 6 C I");
+        // By the extended protocol, as psycopg does in a pipeline; what is prepared only takes nothing away.
+        let deallocate = |out: &mut BytesMut| parse(out, "", "deallocate S1");
+        assert_eq!(batch(wire, deallocate).await, "1 I");
+        assert_eq!(batch(wire, |out| run_it(out, "s1", 3)).await, "2 6 C I");
+        let gone = "26000 prepared statement \"s1\" does not exist I";
+        for answer in ["1 2 C I".to_owned(), format!("1 2 {gone}")] {
+            let said = batch(wire, |out| {
+                deallocate(out);
+                run_nothing(out, "");
+            });
+            assert_eq!(said.await, answer);
+            assert_eq!(batch(wire, |out| run_it(out, "s1", 3)).await, gone);
+        }
     }
     assert_eq!(batch(&mut other, |out| run_it(out, "S 1", 4)).await, "2 8 C I");
 }

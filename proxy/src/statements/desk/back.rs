@@ -11,7 +11,8 @@ use crate::frame::{HEADER_BYTES, Header};
 use crate::message::{put, put_cstring};
 use crate::statements::answers::Awaited;
 use crate::statements::concern::FRONT_BYTES_MAX;
-use crate::statements::desk::{Back, Desk, Order, SideEffect};
+use crate::statements::desk::rewrite::GONE;
+use crate::statements::desk::{Back, Desk, Leaving, Order, SideEffect};
 
 /// Tags of commands that matter here.
 const COMMANDS: [&str; 5] = ["RESET", "PREPARE", "DEALLOCATE", "DISCARD ALL", "DEALLOCATE ALL"];
@@ -151,10 +152,10 @@ impl Desk<'_> {
 
     fn command(&mut self, command: &[u8]) -> Back {
         match (command, &self.leaving) {
-            (b"PREPARE", Some(_)) => return Back::Swallow,
-            (b"PREPARE", None) => self.side_effect = SideEffect::Prepared,
+            (b"PREPARE", Some(Leaving::ByQuery(_))) => return Back::Swallow,
+            (b"PREPARE", Some(Leaving::ByExecute(_)) | None) => self.side_effect = SideEffect::Prepared,
             (b"RESET", _) => self.side_effect = self.side_effect.max(SideEffect::Reset),
-            (b"DEALLOCATE", Some(name)) => {
+            (b"DEALLOCATE", Some(Leaving::ByQuery(name) | Leaving::ByExecute(name))) => {
                 if let Some(names) = self.names.as_mut() {
                     names.remove(name);
                 }
@@ -182,8 +183,15 @@ impl Desk<'_> {
             }
             skipped.into_iter().rev().for_each(|awaited| self.take_back(awaited));
         }
-        if self.order == Order::Forgetting && marks == 0 {
-            (self.order, self.leaving) = (Order::Known, None);
+        if marks > 0 {
+            return;
+        }
+        if self.order == Order::Forgetting {
+            self.order = Order::Known;
+        }
+        if let Some(Leaving::ByExecute(_)) = self.leaving.take() {
+            // It may not have been executed.
+            self.shelf.strays.push(GONE.into());
         }
     }
 

@@ -10,7 +10,7 @@ use crate::frame::{HEADER_BYTES, Header};
 use crate::message::{put, put_cstring, put_query};
 use crate::statements::answers::Awaited;
 use crate::statements::concern::{Concern, concern, cstring};
-use crate::statements::desk::{Desk, Order, Outcome, Rest};
+use crate::statements::desk::{Desk, Leaving, Order, Outcome, Rest};
 use crate::statements::shelf::{Key, PREFIX, put_server_name};
 use crate::statements::sql::{Opening, opening};
 use crate::statements::unnamed::Standing;
@@ -29,6 +29,11 @@ const NO_PREPARE: &[u8] = b"DO $pgcutover$BEGIN RAISE EXCEPTION USING ERRCODE = 
 /// first half is ours.
 const DEALLOCATE_ONE: &[u8] = b"PREPARE \"PGCUTOVER none\" AS SELECT 1; DEALLOCATE \"PGCUTOVER none\"";
 
+/// What goes in the place of a statement that a client gives up by executing DEALLOCATE.
+pub(super) const GONE: &[u8] = b"PGCUTOVER gone";
+
+const DEALLOCATE_GONE: &[u8] = b"DEALLOCATE \"PGCUTOVER gone\"";
+
 /// A statement that no server has: to bind it fails in the right place.
 const NO_STATEMENT: &[u8] = b"PGCUTOVER none";
 
@@ -42,8 +47,18 @@ impl Desk<'_> {
         let (front, rest) = match (header.tag, concern(header, body, pending.len() >= header.total_bytes)) {
             (b'Q', Concern::DeallocatesBySql(name)) if self.find(&name).is_some() => {
                 put_query(&mut self.out, DEALLOCATE_ONE);
-                (self.order, self.leaving) = (Order::Forgetting, Some(name));
+                (self.order, self.leaving) = (Order::Forgetting, Some(Leaving::ByQuery(name)));
                 self.query();
+                (0, Rest::Drop)
+            }
+            (b'P', Concern::DeallocatesBySql(name)) if self.leaving.is_none() && self.find(&name).is_some() => {
+                self.counts.client_parses += 1;
+                self.counts.server_parses += 2;
+                put_parse(&mut self.out, GONE, &tail_of(b""));
+                self.push(Awaited::Swallow(b'1'));
+                put_parse(&mut self.out, b"", &tail_of(DEALLOCATE_GONE));
+                self.replace_unnamed(b'1', None);
+                (self.order, self.leaving) = (Order::Forgetting, Some(Leaving::ByExecute(name)));
                 (0, Rest::Drop)
             }
             (b'Q', Concern::PreparesBySql) => {
