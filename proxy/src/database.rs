@@ -4,6 +4,7 @@
 //! force) says; a claimed pause ends only by a decision that this proxy has read itself.
 
 mod blockers;
+mod draft;
 mod link;
 mod lookup;
 mod names;
@@ -41,7 +42,7 @@ use crate::gate::Gate;
 use crate::message::Protocol;
 use crate::metrics::Events;
 use crate::parameters::Reported;
-use crate::pool::{Errands, Pool, Sharing, Site, Tally};
+use crate::pool::{Errands, Leaving, Pool, Sharing, Site, Tally};
 use crate::resolver::Name as HostName;
 use crate::resolver::Registry;
 use crate::resolver::Resolver;
@@ -50,9 +51,10 @@ use crate::route::{Active, Durable, Endpoint, Route};
 use crate::statements::{Budget, Cache};
 use crate::tls::{Connector, RootCert};
 
+use draft::Drafts;
 use link::Link;
 use lookup::Lookups;
-use transplant::{Drafts, Successors};
+use transplant::Successors;
 
 /// Switches that are remembered for SHOW SWITCHES.
 const SWITCHES_KEPT: usize = 100;
@@ -163,6 +165,7 @@ impl Database {
             connections: Arc::default(),
             servers: Mutex::default(),
             errands: Errands::default(),
+            leaving: Leaving::default(),
             statements: Cache::new(Arc::clone(&process.statements)),
         });
         Ok(Arc::new(Self {

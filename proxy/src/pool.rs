@@ -6,11 +6,13 @@
 
 mod connection;
 mod errand;
+mod leaving;
 mod limits;
 mod prewarm;
 
 pub use connection::{Place, Pooled};
 pub use errand::{Errand, Errands, Probed, Successor};
+pub use leaving::Leaving;
 pub use limits::Tally;
 pub use prewarm::{Prewarmed, Verdict};
 
@@ -64,6 +66,8 @@ pub struct Site {
     pub servers: Mutex<BTreeMap<u64, Weak<Server>>>,
     /// What sessions are asked to do.
     pub errands: Errands,
+    /// Connections that sessions have left.
+    pub leaving: Leaving,
     /// Texts of the named statements of its transaction-pooled clients.
     pub statements: Cache,
 }
@@ -519,6 +523,11 @@ impl Kept {
     /// The client has left in the middle of things.
     pub fn close(self) {
         self.pool.dismiss(self.pooled);
+    }
+
+    /// The client goes on with another connection, as do many others now.
+    pub fn leave(self) {
+        self.pool.dismiss_later(self.pooled);
     }
 }
 

@@ -9,6 +9,7 @@ mod reason;
 mod restore;
 mod sequences;
 mod snapshot;
+mod still;
 
 use std::sync::Arc;
 
@@ -40,6 +41,8 @@ pub struct Survey {
     pub reasons: Vec<Reason>,
     /// The OIDs of all sequences that are not temporary.
     pub sequences: Vec<u32>,
+    /// The server has the decision store's function that tells a session from what it was.
+    pub prints: bool,
 }
 
 impl Survey {
@@ -127,8 +130,8 @@ pub async fn survey(server: &mut ServerConnection, deadline: Instant) -> Result<
 }
 
 /// Reads what a session is made of, between two transactions; leaves no trace in it. What the server says aside
-/// meanwhile is kept in [`ServerConnection::asides`] for the client. `before` is what was read of it earlier: statements
-/// that are still the same are not described again. Not cancel safe: finish it or drop the connection.
+/// meanwhile is kept in [`ServerConnection::asides`] for the client. `before` is what was read of it earlier: where nothing
+/// but the values of sequences has changed since, only they are read. Not cancel safe: finish it or drop the connection.
 ///
 /// # Errors
 /// [`ServerError::Broken`] and [`ServerError::Timeout`]: the old connection is lost. A refused statement is no error
@@ -159,6 +162,14 @@ pub async fn restore(
     deadline: Instant,
 ) -> Result<(), RestoreError> {
     Box::pin(restore::write(server, snapshot, tickets, deadline)).await
+}
+
+/// Makes a copy ready for [`touch_up`], so that it takes less time under a pause.
+///
+/// # Errors
+/// [`ServerError`]: where it is a refusal the copy is as good as before.
+pub async fn get_ready(server: &mut ServerConnection, deadline: Instant) -> Result<(), ServerError> {
+    restore::get_ready(server, deadline).await
 }
 
 /// Brings a connection that was made a copy of `made` up to `snapshot`, where they differ in sequences only; `false`: in

@@ -47,7 +47,7 @@ CREATE UNLOGGED TABLE IF NOT EXISTS pgcutover.member (
   seen_at timestamptz NOT NULL,
   PRIMARY KEY (db, instance)
 );
--- Tickets for take_seat(), on a target; those that were never used are of no use after a minute.
+-- Tickets for draw(), on a target; those that were never used are of no use after a minute.
 CREATE UNLOGGED TABLE IF NOT EXISTS pgcutover.seat (
   ticket uuid PRIMARY KEY,
   sequence_schema text NOT NULL,
@@ -378,22 +378,79 @@ BEGIN
 END
 $f$;
 
--- S4b: a session that has used a sequence has to draw the same value on the target (currval, lastval), for which the
--- sequence is set to it first, and its role may have no right to that. Whoever holds a ticket, which only a proxy's control
--- login makes, may set one sequence to one value, once; S5 sets every sequence after that. The lock is shared by all who
--- restore: the session draws in the same transaction.
-CREATE OR REPLACE FUNCTION pgcutover.take_seat(p_ticket uuid) RETURNS void
+-- S4b: a session that has used a sequence has to have drawn the same value on the target (currval, lastval), for which the
+-- sequence is set, and its role may have no right to that. Whoever holds a ticket, which only a proxy's control login makes,
+-- may set one sequence to one value, once; S5 sets every sequence after that, and flushes what was written here, which nobody
+-- waits for. Others do the same to the sequence at the same time: some value is drawn, which makes the sequence the
+-- session's last one, and then replaced by the right one, for this session. currval and lastval belong to sessions, not to
+-- roles. Without a ticket nothing happens (all that is called is strict), but every plan is made, and the next call finds them.
+CREATE OR REPLACE FUNCTION pgcutover.draw(p_ticket uuid) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f$
 DECLARE
   taken pgcutover.seat;
+  sequence regclass;
 BEGIN
   DELETE FROM pgcutover.seat s WHERE s.ticket = p_ticket AND s.at > clock_timestamp() - interval '1 minute'
     RETURNING s.* INTO taken;
-  IF taken.ticket IS NULL THEN
+  IF taken.ticket IS NULL AND p_ticket IS NOT NULL THEN
     RAISE EXCEPTION 'pgcutover: there is no such ticket' USING ERRCODE = '55000';
   END IF;
-  PERFORM pg_advisory_xact_lock(1346848567, hashtext(taken.sequence_schema || '.' || taken.sequence_name));
-  PERFORM setval(format('%I.%I', taken.sequence_schema, taken.sequence_name)::regclass, taken.value, false);
+  PERFORM set_config('synchronous_commit', 'off', true);
+  sequence := quote_ident(taken.sequence_schema) || '.' || quote_ident(taken.sequence_name);
+  PERFORM setval(sequence, taken.value, false);
+  PERFORM nextval(sequence);
+  RETURN setval(sequence, taken.value, true);
+END
+$f$;
+
+-- What tells a session from what it was a moment ago, at a hundredth of the cost of reading it whole: hashes of everything
+-- that a session may change and the catalogue shows, under its own rights; the sequences that it has used, with their values;
+-- when its server process last read its configuration. Called by the session's own server connection, hence no SET clauses
+-- and every name and operator spelt out: whatever search_path the session has.
+CREATE OR REPLACE FUNCTION pgcutover.session_print(
+  p_settings text[], p_sequences oid[], OUT print text, OUT used text, OUT last text, OUT loaded text)
+LANGUAGE plpgsql AS $f$
+DECLARE
+  s pg_catalog.oid;
+  whole pg_catalog.text;
+BEGIN
+  BEGIN
+    last := pg_catalog.lastval();
+  EXCEPTION
+    WHEN SQLSTATE '55000' THEN last := 'unused';
+    WHEN SQLSTATE '42501' THEN last := 'hidden';
+  END;
+  used := '';
+  FOREACH s IN ARRAY p_sequences LOOP
+    BEGIN
+      used := pg_catalog.concat(used, s, ':', pg_catalog.currval(s::pg_catalog.regclass), ',');
+    EXCEPTION WHEN SQLSTATE '55000' OR SQLSTATE '42501' OR SQLSTATE '42P01' THEN
+      NULL;
+    END;
+  END LOOP;
+  loaded := pg_catalog.pg_conf_load_time()::pg_catalog.text;
+  whole := pg_catalog.concat_ws(E'\n',
+    session_user, current_user, pg_catalog.current_setting('role'), pg_catalog.pg_my_temp_schema(),
+    (SELECT pg_catalog.string_agg(pg_catalog.quote_nullable(pg_catalog.current_setting(n, true)), ',')
+       FROM pg_catalog.unnest(p_settings) n),
+    '-', (SELECT pg_catalog.string_agg(
+            pg_catalog.concat_ws(',', pg_catalog.quote_literal(p.name), p.prepare_time, p.from_sql,
+                                 pg_catalog.quote_literal(p.statement)), ',')
+       FROM pg_catalog.pg_prepared_statement() p
+      WHERE p.name OPERATOR(pg_catalog.<>) ('_pgcutover_' OPERATOR(pg_catalog.||) pg_catalog.chr(1))),
+    '-', (SELECT pg_catalog.string_agg(pg_catalog.quote_literal(c), ',') FROM pg_catalog.pg_listening_channels() c),
+    '-', (SELECT pg_catalog.count(*) FROM pg_catalog.pg_cursor() c WHERE c.is_holdable),
+    '-', (SELECT pg_catalog.string_agg(pg_catalog.concat_ws(':', l.classid, l.objid, l.objsubid, l.mode), ',')
+       FROM pg_catalog.pg_lock_status() l
+      WHERE l.locktype OPERATOR(pg_catalog.=) 'advisory' AND l.granted
+        AND l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()));
+  IF pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.<>) 0::pg_catalog.oid THEN
+    whole := pg_catalog.concat(whole, '-', EXISTS (SELECT FROM pg_catalog.pg_depend d
+      WHERE d.refclassid OPERATOR(pg_catalog.=) 2615::pg_catalog.oid
+        AND d.refobjid OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()));
+  END IF;
+  print := pg_catalog.concat(
+    pg_catalog.hashtextextended(whole, 0), ':', pg_catalog.hashtextextended(whole, 1));
 END
 $f$;
 
@@ -446,4 +503,5 @@ $f$;
 REVOKE ALL ON ALL TABLES IN SCHEMA pgcutover FROM PUBLIC;
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA pgcutover FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION pgcutover.aborted(text, bigint), pgcutover.witnessed(text, bigint) TO PUBLIC;
-GRANT EXECUTE ON FUNCTION pgcutover.take_seat(uuid) TO PUBLIC;
+GRANT EXECUTE ON FUNCTION pgcutover.draw(uuid) TO PUBLIC;
+GRANT EXECUTE ON FUNCTION pgcutover.session_print(text[], oid[]) TO PUBLIC;

@@ -2,8 +2,8 @@
 //!
 //! Invariant: all sessions that keep a server have a copy, or none has, except those that `session_policy` lets go; copies
 //! belong to one drained pause, under which no session can say anything more. They are given to their clients by a switch,
-//! and closed with the end of that pause; nobody is let go before the switch. A draft is a copy made ahead of a pause: it
-//! is used if its session has not changed since but for the sequences that it has used.
+//! and closed with the end of that pause; nobody is let go before the switch. Each step is taken for all sessions before
+//! the next: one that can't be moved is known before anything is done for the others.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -16,29 +16,31 @@ use pgcutover_api::store;
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
-use crate::backend::ServerError;
 use crate::client::{Client, Look, Order};
 use crate::config::SessionPolicy;
+use crate::database::draft::{Draft, copy, finished, is_of_session};
 use crate::database::refusal::{Refusal, Why};
 use crate::database::{Database, lock};
 use crate::gate::{Pause, PauseId};
 use crate::pool::{Errand, Pool, Probed, Successor};
 use crate::route::Active;
-use crate::transplant;
-use crate::transplant::{NotMovable, Reason, RestoreError, Snapshot, Survey, Ticket};
+use crate::transplant::{NotMovable, Reason, Seat, Snapshot, Survey, Ticket};
 
 /// Sessions that are moved at a time: enough that a hundred take a few round trips each, few enough that neither server
 /// is flooded while clients are held.
 const AT_ONCE: usize = 16;
 
-/// Drafts that are made at a time, while the servers do their work.
-const DRAFTS_AT_ONCE: usize = 4;
-
 /// How long one session may take to answer: longer than it gives the server.
 const ANSWER: Duration = Duration::from_millis(1200);
 
-/// How long restoring one session may take.
-const RESTORE: Duration = Duration::from_secs(2);
+/// Tickets that are made by one statement.
+const TICKETS_AT_ONCE: usize = 1000;
+
+/// Why a session that could be moved is not.
+const OTHERS: &str = "another session can't be moved";
+
+/// Why a session that has used a sequence can't be moved.
+const UNSPEAKABLE: &str = "it has used a sequence whose name is not ASCII, and may not set it";
 
 /// How long a switch waits for sessions to take their copies over: those that need longer do it before they use a server.
 const HAND_OVER: Duration = Duration::from_millis(600);
@@ -57,16 +59,6 @@ impl Successors {
         self.of_clients.contains_key(&client.who.id) || self.leaving.contains(&client.who.id)
     }
 }
-
-/// A copy of a session as it was when it was looked at, without its use of sequences.
-pub(super) struct Draft {
-    backend: Box<str>,
-    made: Arc<Snapshot>,
-    successor: Successor,
-}
-
-/// Drafts by client.
-pub(super) type Drafts = BTreeMap<u64, Draft>;
 
 /// What became of one session that was to be moved.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,6 +80,21 @@ impl Moved {
             Self::Leaves(why) | Self::Refused(why) => why,
         }
     }
+}
+
+/// What one session is made of, or what becomes of it.
+struct Reading {
+    client: Arc<Client>,
+    session: Result<Ready, Moved>,
+    probe: Duration,
+}
+
+/// All that is needed to copy a session.
+struct Ready {
+    pool: Arc<Pool>,
+    draft: Option<Draft>,
+    snapshot: Arc<Snapshot>,
+    tickets: Vec<Ticket>,
 }
 
 /// What became of one session.
@@ -135,8 +142,17 @@ impl Database {
         let survey = Arc::new(self.survey(&now.backend).await.map_err(|error| self.silent(&error))?);
         let backend = transplant.backend.as_str().into();
         let target = Active { backend, endpoint, epoch: now.epoch, generation: now.generation };
-        let moves = clients.into_iter().map(|client| self.move_one(client, &target, &survey));
-        let mut moved: Vec<_> = stream::iter(moves).buffer_unordered(AT_ONCE).collect().await;
+        let began = Instant::now();
+        let reads = clients.into_iter().map(|client| self.read_one(client, &target, &survey));
+        let mut readings: Vec<Reading> = stream::iter(reads).buffer_unordered(AT_ONCE).collect().await;
+        let read = began.elapsed();
+        self.hand_out_tickets(&mut readings, &target.backend).await;
+        let ticketed = began.elapsed();
+        let all_can = !readings.iter().any(|reading| matches!(reading.session, Err(Moved::Refused(_))));
+        let copies = readings.into_iter().map(|reading| self.copy_one(reading, &target, all_can));
+        let mut moved: Vec<_> = stream::iter(copies).buffer_unordered(AT_ONCE).collect().await;
+        let copied = began.elapsed();
+        tracing::info!(database = %self.name(), sessions = moved.len(), ?read, ?ticketed, ?copied, "sessions were copied");
         // Whoever has left meanwhile holds nobody up.
         moved.retain(|(of, _)| of.client.linked().is_some());
         self.keep_all_or_none(moved, &pause, &target.backend)
@@ -186,7 +202,7 @@ impl Database {
                 Some(successor) if all => {
                     of_clients.insert(outcome.client.who.id, successor);
                 }
-                Some(_) => outcome.outcome = Moved::Refused("another session can't be moved".to_owned()),
+                Some(_) => outcome.outcome = Moved::Refused(OTHERS.to_owned()),
                 None => {
                     leaving.insert(outcome.client.who.id);
                 }
@@ -205,31 +221,72 @@ impl Database {
         Ok(outcomes)
     }
 
-    /// Reads one session and restores it on a connection of its own.
-    async fn move_one(
-        &self,
-        client: Arc<Client>,
-        target: &Active,
-        survey: &Arc<Survey>,
-    ) -> (Transplanted, Option<Successor>) {
-        let refused = |client, why: String| (Transplanted::new(client, Moved::Refused(why)), None);
-        let Some(pool) = self.pools().into_iter().find(|pool| pool.user == client.who.user) else {
-            return refused(client, "its user has no pool".to_owned());
-        };
-        let draft = lock(&self.drafts).remove(&client.who.id).filter(|draft| draft.backend == target.backend);
+    /// Reads one session.
+    async fn read_one(&self, client: Arc<Client>, target: &Active, survey: &Arc<Survey>) -> Reading {
+        let draft = self.draft_of(&client, &target.backend);
         let asked = self.ask_session(Arc::clone(&client), survey).await;
-        let (snapshot, probe) = match asked {
-            Ok(Probed { session: Ok(snapshot), took }) => (snapshot, took),
-            Ok(Probed { session: Err(stays), took }) => {
-                let outcome = Transplanted::new(client, self.stays(words(&stays.reasons)));
-                return (Transplanted { probe: took, ..outcome }, None);
+        let pool = self.pools().into_iter().find(|pool| pool.user == client.who.user);
+        let (session, probe) = match (asked, pool) {
+            (Ok(Probed { session: Ok(snapshot), took }), Some(pool)) => {
+                (Ok(Ready { pool, draft, snapshot, tickets: Vec::new() }), took)
             }
-            Err(why) => return refused(client, why),
+            (Ok(Probed { session: Err(stays), took }), Some(_)) => (Err(self.stays(words(&stays.reasons))), took),
+            (Err(why), Some(_)) => (Err(Moved::Refused(why)), Duration::ZERO),
+            (_, None) => (Err(Moved::Refused("its user has no pool".to_owned())), Duration::ZERO),
+        };
+        Reading { client, session, probe }
+    }
+
+    /// Tickets for all that need some: one statement, because all of them wait for it.
+    async fn hand_out_tickets(&self, readings: &mut [Reading], backend: &str) {
+        let mut wanted = Vec::new();
+        for reading in readings.iter_mut() {
+            let Ok(ready) = &mut reading.session else { continue };
+            match ready.snapshot.seats() {
+                Some(seats) => {
+                    let tickets: Vec<Uuid> = seats.iter().map(|_| Uuid::new_v4()).collect();
+                    ready.tickets = tickets.iter().map(Uuid::to_string).collect();
+                    wanted.extend(tickets.into_iter().zip(seats));
+                }
+                None => reading.session = Err(self.stays(UNSPEAKABLE.to_owned())),
+            }
+        }
+        if let Err(why) = self.sell(&wanted, backend).await {
+            let needy = readings.iter_mut().filter(|r| r.session.as_ref().is_ok_and(|ready| !ready.tickets.is_empty()));
+            needy.for_each(|reading| reading.session = Err(Moved::Refused(why.clone())));
+        }
+    }
+
+    async fn sell(&self, wanted: &[(Uuid, Seat)], backend: &str) -> Result<(), String> {
+        for some in wanted.chunks(TICKETS_AT_ONCE) {
+            let rows: Vec<_> = some
+                .iter()
+                .map(|(ticket, seat)| store::Seat {
+                    ticket: *ticket,
+                    schema: &seat.schema,
+                    name: &seat.name,
+                    value: seat.value,
+                })
+                .collect();
+            let sold = self.run(backend, &store::seats(&rows)).await;
+            sold.map_err(|silence| format!("the sequences that it has used can't be set on '{backend}': {silence}"))?;
+        }
+        Ok(())
+    }
+
+    /// Restores one session on a connection of its own, unless another one can't be moved anyway.
+    async fn copy_one(&self, reading: Reading, target: &Active, all_can: bool) -> (Transplanted, Option<Successor>) {
+        let Reading { client, session, probe } = reading;
+        let without = |client, outcome| (Transplanted { probe, ..Transplanted::new(client, outcome) }, None);
+        let Ready { pool, draft, snapshot, tickets } = match session {
+            Ok(ready) if all_can => ready,
+            Ok(_) => return without(client, Moved::Refused(OTHERS.to_owned())),
+            Err(outcome) => return without(client, outcome),
         };
         let began = Instant::now();
-        let restored = match self.finished(draft, &snapshot).await {
+        let restored = match finished(draft, &snapshot, &tickets).await {
             Some(successor) => Ok(Ok(successor)),
-            None => self.copy(&pool, target, &snapshot).await,
+            None => copy(&pool, target, &snapshot, &tickets).await,
         };
         let times = Transplanted { probe, restore: began.elapsed(), ..Transplanted::new(client, Moved::Copied) };
         match restored {
@@ -244,56 +301,6 @@ impl Database {
         }
     }
 
-    /// A draft brought up to what its session is now; `None` where it has to be made anew.
-    async fn finished(&self, draft: Option<Draft>, snapshot: &Snapshot) -> Option<Successor> {
-        let Draft { backend, made, mut successor } =
-            draft.filter(|draft| draft.made.differs_in_sequences_only(snapshot))?;
-        let tickets = self.tickets(snapshot, &backend).await.ok()?;
-        let deadline = tokio::time::Instant::now() + RESTORE;
-        match transplant::touch_up(successor.server()?, &made, snapshot, &tickets, deadline).await {
-            Ok(true) => Some(successor),
-            Ok(false) | Err(_) => None,
-        }
-    }
-
-    /// A copy on a connection of its own. The outer error is none of the session's.
-    async fn copy(
-        &self,
-        pool: &Arc<Pool>,
-        target: &Active,
-        snapshot: &Snapshot,
-    ) -> Result<Result<Successor, RestoreError>, String> {
-        let connected = pool.successor(target).await;
-        let mut successor = connected.map_err(|error| format!("no connection to '{}': {error}", target.backend))?;
-        let tickets = self.tickets(snapshot, &target.backend).await?;
-        let server = successor.server().ok_or("no connection")?;
-        let deadline = tokio::time::Instant::now() + RESTORE;
-        let restored = Box::pin(transplant::restore(server, snapshot, &tickets, deadline)).await;
-        Ok(restored.map(|()| successor))
-    }
-
-    /// Tickets on the target for sequences that the session may not set itself.
-    async fn tickets(&self, snapshot: &Snapshot, backend: &str) -> Result<Vec<Ticket>, String> {
-        let seats = snapshot.seats().ok_or("it has used a sequence whose name is not ASCII, and may not set it")?;
-        if seats.is_empty() {
-            return Ok(Vec::new());
-        }
-        let tickets: Vec<Uuid> = seats.iter().map(|_| Uuid::new_v4()).collect();
-        let rows = seats.iter().zip(&tickets);
-        let rows: Vec<_> = rows
-            .map(|(seat, ticket)| store::Seat {
-                ticket: *ticket,
-                schema: &seat.schema,
-                name: &seat.name,
-                value: seat.value,
-            })
-            .collect();
-        match self.run(backend, &store::seats(&rows)).await {
-            Ok(_) => Ok(tickets.iter().map(Uuid::to_string).collect()),
-            Err(silence) => Err(format!("the sequences that it has used can't be set on '{backend}': {silence}")),
-        }
-    }
-
     /// What becomes of a session that can't be moved.
     fn stays(&self, why: String) -> Moved {
         match self.site.config.load().session_policy(self.name()) {
@@ -303,7 +310,7 @@ impl Database {
     }
 
     /// Asks a session to read itself; remembers what it found.
-    async fn ask_session(&self, client: Arc<Client>, survey: &Arc<Survey>) -> Result<Probed, String> {
+    pub(super) async fn ask_session(&self, client: Arc<Client>, survey: &Arc<Survey>) -> Result<Probed, String> {
         if client.who.replicates() {
             client.looked(Look::Stays(Reason::Replication.text().into()));
             return Ok(Probed { session: Err(NotMovable::from(Reason::Replication)), took: Duration::ZERO });
@@ -326,82 +333,6 @@ impl Database {
                 Err(format!("it gave no answer within {ANSWER:?}"))
             }
         }
-    }
-
-    /// Looks at every session that keeps a server, for SHOW SESSIONS, and makes drafts of them, so that little is left to
-    /// do under a pause; nothing is held for it.
-    pub(super) async fn look_at_sessions(&self, target: &Active) {
-        let clients = self.kept_clients();
-        if clients.is_empty() {
-            return;
-        }
-        let active = self.site.route.active();
-        let survey = match self.survey(&active.backend).await {
-            Ok(survey) => Arc::new(survey),
-            Err(silence) => {
-                let why: Box<str> = format!("the catalogue could not be read: {silence}").into();
-                return clients.iter().for_each(|client| client.looked(Look::Stays(why.clone())));
-            }
-        };
-        let looks = clients.into_iter().map(|client| self.draft(client, target, &survey));
-        stream::iter(looks).buffer_unordered(DRAFTS_AT_ONCE).for_each(|()| std::future::ready(())).await;
-    }
-
-    /// Looks at one session and makes its draft, unless there is one that is still right.
-    async fn draft(&self, client: Arc<Client>, target: &Active, survey: &Arc<Survey>) {
-        let id = client.who.id;
-        let pool = self.pools().into_iter().find(|pool| pool.user == client.who.user);
-        let (Ok(probed), Some(pool)) = (self.ask_session(Arc::clone(&client), survey).await, pool) else { return };
-        let Ok(snapshot) = probed.session else { return };
-        // Whoever gives a lock away must not find it taken by a draft of its own.
-        let worth_it = !snapshot.holds_locks();
-        let right = |draft: &mut Draft| {
-            let fits = draft.backend == target.backend && draft.made.differs_in_sequences_only(&snapshot);
-            worth_it && fits && draft.successor.is_alive()
-        };
-        let present = lock(&self.drafts).remove(&id).filter(|_| worth_it);
-        if let Some(mut draft) = present
-            && right(&mut draft)
-        {
-            lock(&self.drafts).insert(id, draft);
-            return;
-        }
-        if !worth_it {
-            return;
-        }
-        let made = Arc::new(snapshot.without_sequences());
-        match self.copy(&pool, target, &made).await {
-            Ok(Ok(successor)) => {
-                let draft = Draft { backend: target.backend.clone(), made, successor };
-                lock(&self.drafts).insert(id, draft);
-            }
-            Ok(Err(error)) if is_of_session(&error) => client.looked(Look::Stays(error.to_string().into())),
-            // Tried again under the pause.
-            Ok(Err(_)) | Err(_) => {}
-        }
-    }
-
-    /// Closes the drafts of clients that are gone.
-    pub(super) fn sift_drafts(&self) {
-        let mut drafts = lock(&self.drafts);
-        if !drafts.is_empty() {
-            drafts.retain(|id, _| self.process.clients.find(*id).is_some());
-        }
-    }
-
-    /// How many sessions keep a server of a pool, and how many of them have a draft on a backend.
-    pub(super) fn kept_of(&self, pool: &Pool, backend: &str) -> (usize, usize) {
-        let mut kept = self.kept_clients();
-        kept.retain(|client| client.who.user == pool.user);
-        let drafts = lock(&self.drafts);
-        let drafted =
-            |client: &&Arc<Client>| drafts.get(&client.who.id).is_some_and(|draft| *draft.backend == *backend);
-        (kept.len(), kept.iter().filter(drafted).count())
-    }
-
-    /// Closes the drafts: the backends are others.
-    pub(super) fn drop_drafts(&self) {
-        lock(&self.drafts).clear();
     }
 
     /// Those of these clients that a switch to that backend can't take along, nor disconnect.
@@ -439,14 +370,6 @@ impl Database {
         let pause = self.site.gate.pause().map(|pause| pause.id);
         let outlived = lock(&self.successors).take_if(|successors| Some(successors.pause) != pause);
         outlived.is_some()
-    }
-}
-
-/// Whether the session can't be restored, and not merely its server has trouble.
-fn is_of_session(error: &RestoreError) -> bool {
-    match error {
-        RestoreError::Differs { .. } | RestoreError::Server(ServerError::Refused { .. }) => true,
-        RestoreError::Server(ServerError::Broken(_) | ServerError::Timeout) => false,
     }
 }
 

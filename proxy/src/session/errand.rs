@@ -121,7 +121,7 @@ impl Session {
         }
         self.client.relink(&next.pooled.shared);
         if let Some(former) = self.kept.replace(Box::new(next)) {
-            former.close();
+            former.leave();
         }
         if let Some(kept) = self.kept.as_mut() {
             // Restored with the rest of the session.

@@ -25,6 +25,7 @@ use crate::transplant::prepare;
 use crate::transplant::sequences;
 use crate::transplant::sequences::{Heard, Sequences};
 use crate::transplant::snapshot::{Kind, Lock, Mode, Origin, Prepared, Setting, Shape, Snapshot, State, TypeName, Who};
+use crate::transplant::still::{self, Said};
 
 /// Rows of a session's state: 10,000 statements, and all else.
 const ROWS_MAX: u64 = 12_000;
@@ -49,6 +50,7 @@ SELECT t.k, t.a, CASE WHEN t.bytes OPERATOR(pg_catalog.<=) 8388608 THEN t.b END,
    pg_catalog.current_setting('role'),
    (SELECT pg_catalog.pg_get_userbyid(a.usesysid)::pg_catalog.text
      FROM pg_catalog.pg_stat_get_activity(pg_catalog.pg_backend_pid()) a)
+  UNION ALL SELECT 'loaded', pg_catalog.pg_conf_load_time()::pg_catalog.text, NULL, NULL, NULL
   UNION ALL SELECT 'statement', p.name, p.statement, CASE WHEN p.from_sql THEN 'sql' ELSE 'protocol' END, NULL
    FROM pg_catalog.pg_prepared_statement() p
    WHERE p.name OPERATOR(pg_catalog.<>) ('_pgcutover_' OPERATOR(pg_catalog.||) pg_catalog.chr(1))
@@ -71,7 +73,8 @@ SELECT t.oid, n.nspname, coalesce(e.typname, t.typname), (e.oid IS NOT NULL)
  LEFT JOIN pg_catalog.pg_type e ON e.oid OPERATOR(pg_catalog.=) t.typelem AND e.typarray OPERATOR(pg_catalog.=) t.oid
  JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) coalesce(e.typnamespace, t.typnamespace)";
 
-/// What keeps state where SQL can't see it, makes names of settings at run time, or takes locks unheard; all sequences.
+/// What keeps state where SQL can't see it, makes names of settings at run time, or takes locks unheard; whether sessions
+/// can be told from what they were; all sequences.
 const SURVEY: &str = "\
 SELECT 'extension', NULL FROM pg_catalog.pg_extension WHERE extname::pg_catalog.text OPERATOR(pg_catalog.=) 'dblink'
 UNION ALL SELECT 'extension', NULL FROM pg_catalog.pg_language
@@ -82,6 +85,10 @@ UNION ALL SELECT k, NULL FROM (VALUES ('dynamic', 'set_config\\s*\\(\\s*[^''\\s]
   JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) p.pronamespace
   WHERE n.nspname::pg_catalog.text OPERATOR(pg_catalog.!~) '^(pg_catalog|information_schema|pgcutover|pgcutover_subscriber)$'
    AND p.prosrc OPERATOR(pg_catalog.~*) v.pattern)
+UNION ALL SELECT 'prints', NULL FROM pg_catalog.pg_proc p
+ JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) p.pronamespace
+ WHERE n.nspname::pg_catalog.text OPERATOR(pg_catalog.=) 'pgcutover'
+  AND p.proname::pg_catalog.text OPERATOR(pg_catalog.=) 'session_print'
 UNION ALL (SELECT 'sequence', c.oid::pg_catalog.text FROM pg_catalog.pg_class c
  WHERE c.relkind::pg_catalog.text OPERATOR(pg_catalog.=) 'S' AND c.relpersistence::pg_catalog.text OPERATOR(pg_catalog.<>) 't'
  ORDER BY c.oid LIMIT 5001)";
@@ -94,6 +101,7 @@ pub(super) async fn survey(server: &mut ServerConnection, deadline: Instant) -> 
             (Some("sequence"), Some(oid)) => survey.sequences.push(oid),
             (Some("dynamic"), _) => survey.reasons.push(Reason::DynamicSetting),
             (Some("locks"), _) => survey.reasons.push(Reason::AdvisoryLocks),
+            (Some("prints"), _) => survey.prints = true,
             (_, _) => survey.reasons.push(Reason::Extension),
         }
     }
@@ -155,6 +163,11 @@ async fn look(
     before: Option<&Snapshot>,
     deadline: Instant,
 ) -> Result<Snapshot, Failure> {
+    if let Some(before) = before
+        && let Some(same) = look_again(server, hints, before, deadline).await?
+    {
+        return Ok(same);
+    }
     let mut batch = Batch::default();
     // The block first: it loads PL/pgSQL, whose settings show from then on, and two probes shall see the same.
     let asked = sequences::ask(&mut batch, &hints.survey.sequences);
@@ -165,7 +178,7 @@ async fn look(
     let sequences = Sequences::new(&asked, &mut answers);
     let mut next = || answers.next().unwrap_or_default();
     let found = Found::new(next().accepted()?)?;
-    let mut reasons = found.objections(hints);
+    let mut reasons = found.reasons.clone();
     let sequences = match sequences {
         Ok(sequences) => sequences,
         Err(Heard::Server(error)) => return Err(error.into()),
@@ -174,31 +187,88 @@ async fn look(
             Sequences::default()
         }
     };
-    let unnamed = next().accepted().ok().and_then(|answer| answer.described.into_iter().next());
-    if unnamed.is_some() && hints.seen.unnamed.is_none() {
+    let unnamed = described(next());
+    judge(reasons, hints, &found.state, unnamed.is_some(), !found.statements.is_empty())?;
+    let mut texts = found.statements;
+    texts.sort_by_key(|statement| statement.origin);
+    if let (Some(_), Some(text)) = (&unnamed, &hints.seen.unnamed) {
+        texts.push(Text { name: Box::default(), text: text.clone(), origin: Origin::Protocol });
+    }
+    let statements = with_shapes(server, texts, deadline).await?;
+    let settings = still::settings_of(&found.state);
+    let print = match ask_print(server, hints, &settings, deadline).await? {
+        Some(said) => said.into_print(settings, found.loaded.as_deref(), unnamed),
+        None => None,
+    };
+    Ok(Snapshot { state: found.state, sequences, statements, print })
+}
+
+/// The session as it was looked at before, with its sequences of now; `None` where something may have changed.
+async fn look_again(
+    server: &mut ServerConnection,
+    hints: &Hints,
+    before: &Snapshot,
+    deadline: Instant,
+) -> Result<Option<Snapshot>, Failure> {
+    let Some(print) = &before.print else { return Ok(None) };
+    if !still::are_those(&hints.custom_settings, &before.state.custom) {
+        return Ok(None);
+    }
+    let mut batch = Batch::default();
+    let asked = still::ask(&mut batch, print.settings(), &hints.survey.sequences);
+    batch.describe(b"");
+    batch.sync();
+    let mut answers = server.converse(batch, Asides::All, deadline).await?;
+    let unnamed = answers.split_off(asked.min(answers.len())).pop().and_then(described);
+    let Some(said) = Said::new(answers) else { return Ok(None) };
+    let Some(sequences) = print.still(&said, unnamed.as_ref(), &before.sequences) else { return Ok(None) };
+    let known = before.statements.iter().find(|statement| statement.name.is_empty());
+    if known.map(|known| &known.text) != hints.seen.unnamed.as_ref().filter(|_| unnamed.is_some()) {
+        return Ok(None);
+    }
+    let named = before.statements.iter().any(|statement| !statement.name.is_empty());
+    judge(Vec::new(), hints, &before.state, unnamed.is_some(), named)?;
+    Ok(Some(Snapshot { sequences, ..before.clone() }))
+}
+
+/// What its server says of a session that was just looked at.
+async fn ask_print(
+    server: &mut ServerConnection,
+    hints: &Hints,
+    settings: &[u8],
+    deadline: Instant,
+) -> Result<Option<Said>, Failure> {
+    if !hints.survey.prints {
+        return Ok(None);
+    }
+    let mut batch = Batch::default();
+    still::ask(&mut batch, settings, &hints.survey.sequences);
+    Ok(Said::new(server.converse(batch, Asides::All, deadline).await?))
+}
+
+/// What a statement looks like, if it is there: the answer to a Describe of it.
+fn described(answer: Answer) -> Option<Described> {
+    answer.accepted().ok()?.described.pop()
+}
+
+/// Whether a session of that state, with or without statements, can be moved; `reasons` are what was found besides.
+fn judge(mut reasons: Vec<Reason>, hints: &Hints, state: &State, unnamed: bool, named: bool) -> Result<(), Failure> {
+    reasons.extend(objections(state.locks.len(), hints));
+    if unnamed && hints.seen.unnamed.is_none() {
         reasons.push(Reason::UnnamedStatement);
     }
-    if unnamed.is_some() || !found.statements.is_empty() {
-        let odd = found.state.settings.iter().any(Setting::is_parsed_under);
+    if unnamed || named {
+        let odd = state.settings.iter().any(Setting::is_parsed_under);
         if odd || hints.seen.parse_settings == ParseSettings::Changed {
             reasons.push(Reason::ParseSettings);
         }
     }
-    if !reasons.is_empty() {
-        reasons.sort_unstable();
-        reasons.dedup();
-        return Err(Failure::Stays(NotMovable { reasons }));
+    if reasons.is_empty() {
+        return Ok(());
     }
-    let mut texts = found.statements;
-    texts.sort_by_key(|statement| statement.origin);
-    if let (Some(_), Some(text)) = (unnamed, &hints.seen.unnamed) {
-        texts.push(Text { name: Box::default(), text: text.clone(), origin: Origin::Protocol });
-    }
-    let statements = match before.filter(|before| are_those(&texts, &before.statements)) {
-        Some(before) => before.statements.clone(),
-        None => with_shapes(server, texts, deadline).await?,
-    };
-    Ok(Snapshot { state: found.state, sequences, statements })
+    reasons.sort_unstable();
+    reasons.dedup();
+    Err(Failure::Stays(NotMovable { reasons }))
 }
 
 /// Asks for everything but the statements' shapes: one answer.
@@ -227,6 +297,8 @@ pub(super) struct Found {
     statements: Vec<Text>,
     /// What can't be moved at all.
     reasons: Vec<Reason>,
+    /// When the server process had read its configuration.
+    loaded: Option<Box<[u8]>>,
 }
 
 impl Found {
@@ -264,6 +336,7 @@ impl Found {
                 }
                 self.state.who = Who { session: bytes(1)?, current: bytes(2)?, role: bytes(3)? };
             }
+            Some("loaded") => self.loaded = Some(bytes(1)?),
             Some("statement") => self.add_statement(bytes(1)?, bytes(2)?, row.text(3)),
             Some("listen") => self.state.channels.push(bytes(1)?),
             Some("cursor") => self.reasons.push(Reason::HeldCursor),
@@ -281,27 +354,27 @@ impl Found {
         }
         self.statements.push(Text { name, text, origin });
     }
+}
 
-    fn objections(&self, hints: &Hints) -> Vec<Reason> {
-        // Of the database it speaks against those only that hold one.
-        let mut reasons = [self.reasons.as_slice(), &hints.survey.reasons, &hints.seen.reasons].concat();
-        let unheard = hints.survey.forbids(Reason::AdvisoryLocks);
-        reasons.retain(|reason| *reason != Reason::AdvisoryLocks);
-        if !hints.custom_settings.is_empty() {
-            // Whoever names them answers for the list.
-            reasons.retain(|reason| *reason != Reason::DynamicSetting);
-        }
-        // A lock that is held twice shows once: each has to have its call, and each call its lock.
-        let held = self.state.locks.len();
-        let sure = match hints.seen.lock_calls {
-            LockCalls::Counted(calls) => usize::try_from(calls) == Ok(held) && !unheard,
-            LockCalls::Unclear => false,
-        };
-        if held > 0 && !sure {
-            reasons.push(Reason::AdvisoryLocks);
-        }
-        reasons
+/// What speaks against a session that holds so many locks, by what is known of its database and of its wire.
+fn objections(held: usize, hints: &Hints) -> Vec<Reason> {
+    // Of the database it speaks against those only that hold one.
+    let mut reasons = [hints.survey.reasons.as_slice(), &hints.seen.reasons].concat();
+    let unheard = hints.survey.forbids(Reason::AdvisoryLocks);
+    reasons.retain(|reason| *reason != Reason::AdvisoryLocks);
+    if !hints.custom_settings.is_empty() {
+        // Whoever names them answers for the list.
+        reasons.retain(|reason| *reason != Reason::DynamicSetting);
     }
+    // A lock that is held twice shows once: each has to have its call, and each call its lock.
+    let sure = match hints.seen.lock_calls {
+        LockCalls::Counted(calls) => usize::try_from(calls) == Ok(held) && !unheard,
+        LockCalls::Unclear => false,
+    };
+    if held > 0 && !sure {
+        reasons.push(Reason::AdvisoryLocks);
+    }
+    reasons
 }
 
 /// The key of a lock as the functions take it.
@@ -318,14 +391,6 @@ fn lock(row: &Row) -> Option<Lock> {
         _ => return None,
     };
     Some(Lock { key, mode })
-}
-
-/// Whether these are the statements that were described before.
-fn are_those(texts: &[Text], before: &[Prepared]) -> bool {
-    let same = |(text, known): (&Text, &Prepared)| {
-        text.name == known.name && text.text == known.text && text.origin == known.origin
-    };
-    texts.len() == before.len() && texts.iter().zip(before).all(same)
 }
 
 async fn with_shapes(

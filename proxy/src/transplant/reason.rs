@@ -19,8 +19,6 @@ pub enum Reason {
     HeldCursor,
     /// currval or lastval would answer, and can't be made to there.
     SequenceState,
-    /// A sequence was used that hands values out in advance.
-    SequenceCache,
     /// SET SESSION AUTHORIZATION.
     SessionAuthorization,
     /// LOAD.
@@ -79,7 +77,6 @@ impl Reason {
             Self::TemporaryObjects => ("temporary_objects", "temporary objects exist"),
             Self::HeldCursor => ("held_cursor", "a cursor WITH HOLD is open"),
             Self::SequenceState => ("sequence_state", "currval or lastval is defined and can't be restored"),
-            Self::SequenceCache => ("sequence_cache", "a sequence with CACHE was used"),
             Self::SessionAuthorization => ("session_authorization", "SET SESSION AUTHORIZATION was used"),
             Self::Load => ("load", "a library was loaded by LOAD"),
             Self::FunctionCall => ("function_call", "a function was called by its OID"),

@@ -16,6 +16,7 @@ use crate::transplant::Reason;
 use crate::transplant::RestoreError;
 use crate::transplant::Ticket;
 use crate::transplant::probe::{self, Failure, Found};
+use crate::transplant::sequences;
 use crate::transplant::snapshot::{Kind, Lock, Mode, Origin, Prepared, Snapshot, TypeName};
 
 const ENCODING: &[u8] = b"client_encoding";
@@ -62,12 +63,15 @@ pub(super) async fn touch_up(
 ) -> Result<(), RestoreError> {
     let mut batch = Batch::default();
     snapshot.sequences.say(&mut batch, tickets);
-    let said = batch.answers();
-    snapshot.sequences.ask_again(&mut batch);
-    let mut answers = server.converse(batch, Asides::Notifications, deadline).await?;
-    let asked = answers.split_off(said.min(answers.len()));
-    accepted(answers)?;
-    snapshot.sequences.check(&mut asked.into_iter())
+    let answers = accepted(server.converse(batch, Asides::Notifications, deadline).await?)?;
+    snapshot.sequences.check_said(&answers)
+}
+
+/// Makes a copy ready for [`touch_up`].
+pub(super) async fn get_ready(server: &mut ServerConnection, deadline: Instant) -> Result<(), ServerError> {
+    let mut batch = Batch::default();
+    sequences::get_ready(&mut batch);
+    accepted(server.converse(batch, Asides::Notifications, deadline).await?).map(drop)
 }
 
 /// Settings, role, channels, sequences, locks; gives the OIDs of the statements' types.

@@ -1,8 +1,8 @@
 //! currval and lastval: which sequences a session has used, and making another session have used them.
 //!
-//! Invariant: a value is taken from the sequence itself (nextval), so that the new server's session knows it as the old
-//! one's did; the sequence is set to it first, under a lock that all who restore share. Where the sequence is to go on is set
-//! after that, by whoever moves the database. A sequence that hands values out in advance (CACHE) can't be restored.
+//! Invariant: the new server's session draws some value, which makes the sequence its last one, and sets it to the right one
+//! after that, which is its own from then on, whatever others who restore do to the sequence meanwhile. Where the sequence
+//! is to go on is set later, by whoever moves the database; values that a session had in advance (CACHE) are left out.
 
 use crate::backend::{Answer, Batch, Row};
 use crate::transplant::{Reason, RestoreError};
@@ -13,16 +13,15 @@ const AT_ONCE: usize = 100;
 /// Sequences that are looked at for one session.
 pub(super) const LEN_MAX: usize = 5000;
 
-/// Columns: kind, and of a used sequence schema, name, value, whether the role may set it, whether it caches.
+/// Columns: kind, and of a used sequence schema, name, value, whether the role may set it, OID.
 const FOUND: &str = "\
 SELECT 'last', pg_catalog.current_setting('pgcutover.last', true), NULL, NULL, NULL, NULL
 UNION ALL SELECT 'used', n.nspname::pg_catalog.text, c.relname::pg_catalog.text, pg_catalog.split_part(e, ':', 2),
   pg_catalog.has_sequence_privilege(c.oid, 'UPDATE')::pg_catalog.text,
-  (q.seqcache OPERATOR(pg_catalog.>) 1)::pg_catalog.text
+  c.oid::pg_catalog.text
  FROM pg_catalog.unnest(pg_catalog.string_to_array(
    pg_catalog.rtrim(pg_catalog.current_setting('pgcutover.sequences', true), ','), ',')) e
  JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) pg_catalog.split_part(e, ':', 1)::pg_catalog.oid
- JOIN pg_catalog.pg_sequence q ON q.seqrelid OPERATOR(pg_catalog.=) c.oid
  JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace";
 
 /// Whether some sequence can't be read by the role that was set, and could by the session's own.
@@ -31,13 +30,20 @@ SELECT EXISTS (SELECT FROM pg_catalog.unnest($1::pg_catalog.oid[]) o
  WHERE NOT pg_catalog.has_sequence_privilege(o, 'USAGE, SELECT')
   AND pg_catalog.has_sequence_privilege(session_user, o, 'USAGE, SELECT'))";
 
-/// Shared by all who restore one sequence, on all proxies.
-const LOCK: &str = "SELECT pg_catalog.pg_advisory_xact_lock(1346848567, pg_catalog.hashtext(pg_catalog.concat($1::pg_catalog.text, '.', $2::pg_catalog.text)))";
-const SET: &str = "SELECT pg_catalog.setval(pg_catalog.format('%I.%I', $1::pg_catalog.text, $2::pg_catalog.text)::pg_catalog.regclass, $3::pg_catalog.int8, $4::pg_catalog.bool)";
-const NEXT: &str = "SELECT pg_catalog.nextval(pg_catalog.format('%I.%I', $1::pg_catalog.text, $2::pg_catalog.text)::pg_catalog.regclass)";
+/// $1: schema, $2: name, $3: value, of a sequence that the session may set; makes that its last value. Each part is done
+/// before the next, which reads from it. What is written is not waited for, but flushed by S5.
+const DRAW: &str = "\
+WITH named AS (SELECT pg_catalog.set_config('synchronous_commit', 'off', true),
+  pg_catalog.format('%I.%I', $1::pg_catalog.text, $2::pg_catalog.text)::pg_catalog.regclass AS sequence),
+ placed AS (SELECT pg_catalog.setval(sequence, $3::pg_catalog.int8, false), sequence FROM named),
+ drawn AS (SELECT pg_catalog.nextval(sequence) AS drawn, sequence FROM placed)
+SELECT pg_catalog.setval(sequence, $3::pg_catalog.int8, true), drawn FROM drawn";
+/// The same where the session has set the sequence and drawn nothing.
+const SET: &str = "SELECT pg_catalog.setval(pg_catalog.format('%I.%I', $1::pg_catalog.text, $2::pg_catalog.text)::pg_catalog.regclass, $3::pg_catalog.int8, true)";
 const CURRENT: &str = "SELECT pg_catalog.currval(pg_catalog.format('%I.%I', $1::pg_catalog.text, $2::pg_catalog.text)::pg_catalog.regclass)";
 const LAST: &str = "SELECT pg_catalog.lastval()";
-const SIT: &str = "SELECT pgcutover.take_seat($1::pg_catalog.uuid)";
+const SIT: &str = "SELECT pgcutover.draw($1::pg_catalog.uuid)";
+const GET_READY: &str = "SELECT pgcutover.draw(NULL)";
 
 /// What stands for [`Seat`]s on the new server: whoever has it may set one sequence to one value, once.
 pub type Ticket = String;
@@ -56,6 +62,8 @@ pub struct Seat {
 /// A sequence that a session has used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Used {
+    /// On the server where it was used.
+    oid: u32,
     schema: Box<[u8]>,
     name: Box<[u8]>,
     value: i64,
@@ -96,18 +104,26 @@ pub(super) struct Asked(usize);
 
 /// Asks about these sequences.
 pub(super) fn ask(batch: &mut Batch, sequences: &[u32]) -> Asked {
-    let chunks: Vec<&[u32]> = if sequences.is_empty() { vec![&[]] } else { sequences.chunks(AT_ONCE).collect() };
-    for some in &chunks {
+    let mut asked = 0;
+    for some in chunks(sequences) {
         batch.run(&block(&list(some)), [&[][..]]);
         batch.run(FOUND, [&[][..]]);
         batch.sync();
+        asked += 1;
     }
     batch.run(HIDDEN, [&[list(sequences).as_bytes()][..]]);
     batch.sync();
-    Asked(chunks.len())
+    Asked(asked)
 }
 
-fn list(oids: &[u32]) -> String {
+/// What is looked at in one transaction each; one of none where there are none.
+pub(super) fn chunks(sequences: &[u32]) -> impl Iterator<Item = &[u32]> {
+    let none = sequences.is_empty().then_some(sequences);
+    none.into_iter().chain(sequences.chunks(AT_ONCE))
+}
+
+/// As an array.
+pub(super) fn list(oids: &[u32]) -> String {
     format!("{{{}}}", oids.iter().map(u32::to_string).collect::<Vec<_>>().join(","))
 }
 
@@ -165,6 +181,27 @@ impl Sequences {
         if odd { Err(Heard::Stays(Reason::SequenceState)) } else { Ok(()) }
     }
 
+    /// These sequences with their values of now, `used` and `last` being what session_print() says of them; `None` where it
+    /// is not as plain as that.
+    pub(super) fn moved_on(&self, used: &str, last: &str) -> Option<Sequences> {
+        let last = match (last, self.last) {
+            ("unused", Last::Unused) => Last::Unused,
+            ("hidden", Last::Hidden) => Last::Hidden,
+            (value, Last::Value(_)) => Last::Value(value.parse().ok()?),
+            (_, Last::Unused | Last::Hidden) => return None,
+        };
+        let mut now = Sequences { used: Vec::new(), last };
+        for pair in used.split_terminator(',') {
+            let (oid, value) = pair.split_once(':')?;
+            let (oid, value): (u32, i64) = (oid.parse().ok()?, value.parse().ok()?);
+            let known = self.used.iter().find(|used| used.oid == oid)?;
+            now.used.push(Used { value, ..known.clone() });
+        }
+        (now.used.len() == self.used.len()).then_some(())?;
+        now.put_last_one_last().ok()?;
+        Some(now)
+    }
+
     /// Those for which a ticket is needed, in the order of the tickets.
     pub(super) fn seats(&self) -> Option<Vec<Seat>> {
         let text = |bytes: &[u8]| bytes.is_ascii().then(|| String::from_utf8_lossy(bytes).into_owned());
@@ -182,24 +219,29 @@ impl Sequences {
         let mut tickets = tickets.iter();
         for used in &self.used {
             let value = used.value.to_string();
-            let name = [&*used.schema, &*used.name];
-            let is_used = matches!(self.last, Last::Value(_));
-            match used.right {
-                Right::Own => {
-                    let called: &[u8] = if is_used { b"f" } else { b"t" };
-                    batch.run(LOCK, [&name[..]]);
-                    batch.run(SET, [&[name[0], name[1], value.as_bytes(), called][..]]);
-                }
-                Right::Lent => {
+            let arguments = [&*used.schema, &*used.name, value.as_bytes()];
+            match (used.right, self.last) {
+                (Right::Own, Last::Value(_)) => batch.run(DRAW, [&arguments[..]]),
+                (Right::Own, Last::Unused | Last::Hidden) => batch.run(SET, [&arguments[..]]),
+                (Right::Lent, _) => {
                     let ticket = tickets.next().map(String::as_str).unwrap_or_default();
                     batch.run(SIT, [&[ticket.as_bytes()][..]]);
                 }
             }
-            if is_used {
-                batch.run(NEXT, [&name[..]]);
-            }
             batch.sync();
         }
+    }
+
+    /// Compares the answers to [`say`](Self::say): each value was used by the session itself, the last one last.
+    pub(super) fn check_said(&self, answers: &[Answer]) -> Result<(), RestoreError> {
+        for (at, used) in self.used.iter().enumerate() {
+            let last = answers.get(at).and_then(|answer| answer.rows.last());
+            let found: Option<i64> = last.and_then(|row| row.parse(0));
+            if found != Some(used.value) {
+                return Err(differs(used.value, found, &String::from_utf8_lossy(&used.name)));
+            }
+        }
+        Ok(())
     }
 
     /// Asks what came of it. One answer for each, and one for lastval.
@@ -225,12 +267,23 @@ impl Sequences {
             let found: Option<i64> =
                 answers.next().unwrap_or_default().accepted()?.rows.first().and_then(|row| row.parse(0));
             if found != Some(value) {
-                let detail = format!("{what}: {value} here, {found:?} there");
-                return Err(RestoreError::Differs { reason: Reason::SequenceState, detail });
+                return Err(differs(value, found, &what));
             }
         }
         Ok(())
     }
+}
+
+/// Makes the new server's session ready to use sequences, before it is known which values: what is planned once, and found
+/// in catalogues, is there when clients wait.
+pub(super) fn get_ready(batch: &mut Batch) {
+    batch.run(GET_READY, [&[][..]]);
+    batch.sync();
+}
+
+fn differs(value: i64, found: Option<i64>, what: &str) -> RestoreError {
+    let detail = format!("{what}: {value} here, {found:?} there");
+    RestoreError::Differs { reason: Reason::SequenceState, detail }
 }
 
 /// Why it is not known.
@@ -243,10 +296,8 @@ pub(super) enum Heard {
 
 fn used(row: &Row) -> Result<Used, Heard> {
     let bytes = |column| row.bytes(column).map(Box::<[u8]>::from).ok_or(Heard::Stays(Reason::SequenceState));
-    if row.text(5) != Some("false") {
-        return Err(Heard::Stays(Reason::SequenceCache));
-    }
     Ok(Used {
+        oid: row.parse(5).ok_or(Heard::Stays(Reason::SequenceState))?,
         schema: bytes(1)?,
         name: bytes(2)?,
         value: row.parse(3).ok_or(Heard::Stays(Reason::SequenceState))?,

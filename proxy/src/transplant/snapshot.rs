@@ -4,6 +4,7 @@
 
 use crate::transplant::Reason;
 use crate::transplant::sequences::{Seat, Sequences};
+use crate::transplant::still::Print;
 
 /// A session between two transactions.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -12,6 +13,8 @@ pub struct Snapshot {
     pub(super) sequences: Sequences,
     /// In the order of the server's list, statements of SQL first, the unnamed one last.
     pub(super) statements: Vec<Prepared>,
+    /// To be recognised by, where its server can say that.
+    pub(super) print: Option<Print>,
 }
 
 impl Snapshot {
@@ -25,6 +28,12 @@ impl Snapshot {
     #[must_use]
     pub fn differs_in_sequences_only(&self, other: &Snapshot) -> bool {
         self.state == other.state && self.statements == other.statements
+    }
+
+    /// Whether it has used a sequence.
+    #[must_use]
+    pub fn uses_sequences(&self) -> bool {
+        !self.sequences.is_empty()
     }
 
     /// Without what the session knows of sequences.

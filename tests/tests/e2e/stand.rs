@@ -62,12 +62,17 @@ impl Stand {
             change(options, servers);
         })
         .await;
-        for store in [stand.green(), stand.blue()] {
+        stand.install().await;
+        stand
+    }
+
+    /// The decision store on both servers.
+    pub(crate) async fn install(&self) {
+        for store in [self.green(), self.blue()] {
             store.install(LIMIT).await.unwrap();
             store.grant(PROXY, LIMIT).await.unwrap();
             store.seed(&app(), LIMIT).await.unwrap();
         }
-        stand
     }
 
     /// The source's store, as proxyctl reaches it.
