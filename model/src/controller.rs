@@ -2,6 +2,7 @@
 //!
 //! Invariant: after a crash it knows the run and epoch of its journal and nothing of what its messages did.
 
+use crate::data;
 use crate::rules::Rule;
 use crate::rules::Rules;
 use crate::state::CRASHES_ANY;
@@ -10,6 +11,7 @@ use crate::state::Duty;
 use crate::state::Form;
 use crate::state::Outcome;
 use crate::state::Phase;
+use crate::state::Proxy;
 use crate::state::Sent;
 use crate::state::Shape;
 use crate::state::Side;
@@ -18,35 +20,36 @@ use crate::state::Transaction;
 use crate::store;
 use crate::writer;
 
-/// A new run opens an epoch on a side that clients know, and sends PAUSE to the proxies it was told of.
+/// A new run opens an epoch on a side that clients know, and sends guard to the target and PAUSE to the proxies it was
+/// told of.
 pub(crate) fn open(state: &State, source: Side, shape: Shape, rules: Rules) -> Option<State> {
     let mut next = *state;
     if state.controller.duty != Duty::Idle || (!writer::knows(state, source) && rules.has(Rule::R4Active)) {
         return None;
     }
     let number = store::open(&mut next, source, shape.epochs, rules)?;
+    next.epoch_mut(number).send(Sent::Guard);
     enter(&mut next, Duty::Pausing, number);
     Some(next)
 }
 
-/// Every living proxy it was told of answered PAUSE: it orders the fence on the source and the guard on the target.
+/// Every living proxy it was told of answered PAUSE: it orders the fence on the source.
 pub(crate) fn fence(state: &State, shape: Shape) -> Option<State> {
     let mut next = *state;
     let number = state.controller.epoch;
     if state.controller.duty != Duty::Pausing || !all_held(state, shape, number) {
         return None;
     }
-    next.epoch_mut(number).send(Sent::Guard);
     next.epoch_mut(number).send(Sent::Flip);
     enter(&mut next, Duty::Fencing, number);
     Some(next)
 }
 
-/// S7 is green: it sends `decide(commit)`.
+/// Everything arrived on the target, the way back is kept, S7 is green: it sends `decide(commit)`.
 pub(crate) fn check(state: &State, shape: Shape, rules: Rules) -> Option<State> {
     let mut next = *state;
     let number = state.controller.epoch;
-    if state.controller.duty != Duty::Fencing || !all_held(state, shape, number) {
+    if state.controller.duty != Duty::Fencing || !all_held(state, shape, number) || !members_hold(state, shape, rules) {
         return None;
     }
     let source = state.epoch(number).source;
@@ -58,6 +61,10 @@ pub(crate) fn check(state: &State, shape: Shape, rules: Rules) -> Option<State> 
     if !store::fenced_at(state, source, number) || !guarded || (passed && rules.has(Rule::R5)) {
         return None;
     }
+    if shape.data {
+        data::catch_up(&mut next, source, rules)?;
+        data::keep_way_back(&mut next, number, rules);
+    }
     next.epoch_mut(number).send(Sent::Commit);
     enter(&mut next, Duty::Deciding, number);
     Some(next)
@@ -65,7 +72,9 @@ pub(crate) fn check(state: &State, shape: Shape, rules: Rules) -> Option<State> 
 
 /// A RENEW is refused, because a proxy's hold is over: it aborts.
 pub(crate) fn renew_refused(state: &State, shape: Shape) -> Option<State> {
-    if all_held(state, shape, state.controller.epoch) || state.controller.duty != Duty::Fencing {
+    let number = state.controller.epoch;
+    let renewed = |proxy: &Proxy| proxy.phase == Phase::Held && proxy.hold == number;
+    if state.controller.duty != Duty::Fencing || state.proxies.iter().take(shape.listed).all(renewed) {
         return None;
     }
     abort(state)
@@ -76,7 +85,7 @@ pub(crate) fn abort(state: &State) -> Option<State> {
     let mut next = *state;
     match state.controller.duty {
         Duty::Pausing | Duty::Fencing => {}
-        Duty::Idle | Duty::Deciding | Duty::Aborting => return None,
+        Duty::Idle | Duty::Deciding | Duty::Aborting | Duty::Detaching => return None,
     }
     next.epoch_mut(state.controller.epoch).send(Sent::Abort);
     enter(&mut next, Duty::Aborting, state.controller.epoch);
@@ -101,26 +110,50 @@ pub(crate) fn resume_run(state: &State, rules: Rules) -> Option<State> {
     Some(next)
 }
 
-/// It reads the outcome, and sends what follows from it: after a commit the evidence first, then SWITCH and RESUME; after an
-/// abort unfence and RESUME.
-pub(crate) fn finish(state: &State, rules: Rules) -> Option<State> {
+/// It reads the outcome, and sends what follows from it: after a commit the evidence first, then SWITCH, RESUME and settle;
+/// after an abort unfence and RESUME.
+pub(crate) fn finish(state: &State, shape: Shape, rules: Rules) -> Option<State> {
     let mut next = *state;
     let number = state.controller.epoch;
     let outcome = match state.controller.duty {
         Duty::Deciding | Duty::Aborting => state.epoch(number).outcome,
-        Duty::Idle | Duty::Pausing | Duty::Fencing => return None,
+        Duty::Idle | Duty::Pausing | Duty::Fencing | Duty::Detaching => return None,
     };
     let assumed = !rules.has(Rule::R2) && state.controller.duty == Duty::Aborting && outcome == Outcome::Undecided;
+    let mut duty = Duty::Idle;
     match outcome {
         Outcome::Commit => {
             store::witness(&mut next, number);
             next.epoch_mut(number).send(Sent::Switch);
+            next.epoch_mut(number).send(Sent::Settle);
+            if shape.data {
+                next.epoch_mut(number).send(Sent::Detach);
+                duty = Duty::Detaching;
+            }
         }
-        Outcome::Abort => next.epoch_mut(number).send(Sent::Unfence),
+        Outcome::Abort => {
+            next.epoch_mut(number).send(Sent::Unfence);
+            data::give_up_way_back(&mut next, number);
+        }
         Outcome::Undecided if assumed => next.epoch_mut(number).send(Sent::Unfence),
         Outcome::Undecided => return None,
     }
     next.epoch_mut(number).send(Sent::Resume);
+    enter(&mut next, duty, if duty == Duty::Idle { 0 } else { number });
+    Some(next)
+}
+
+/// S10: the subscription from the old source is gone, so that one away from the new one can be made.
+pub(crate) fn attach(state: &State, rules: Rules) -> Option<State> {
+    let mut next = *state;
+    let number = state.controller.epoch;
+    if state.controller.duty != Duty::Detaching {
+        return None;
+    }
+    if state.link(state.epoch(number).source).attached && rules.has(Rule::S10) {
+        return None;
+    }
+    next.epoch_mut(number).send(Sent::Attach);
     enter(&mut next, Duty::Idle, 0);
     Some(next)
 }
@@ -155,8 +188,23 @@ fn enter(state: &mut State, duty: Duty, epoch: u8) {
     state.controller = Controller { duty, epoch, crashes_left: state.controller.crashes_left };
 }
 
-/// Every living proxy that it was told of is held at this epoch, under a lease that has not ended.
+/// Every living proxy that it was told of is held at this epoch.
 fn all_held(state: &State, shape: Shape, number: u8) -> bool {
-    let known = state.proxies.iter().take(shape.known);
-    known.filter(|proxy| proxy.phase != Phase::Down).all(|proxy| proxy.phase == Phase::Held && proxy.hold == number)
+    state.proxies.iter().take(shape.listed).all(|proxy| proxy.phase == Phase::Down || holds(proxy, number))
+}
+
+/// So is every living proxy in the source's list of members; one that can't reach the source drops out of it.
+fn members_hold(state: &State, shape: Shape, rules: Rules) -> bool {
+    let number = state.controller.epoch;
+    let source = state.epoch(number).source;
+    let enrolled = |&index: &usize| {
+        let down = state.proxies[index].phase == Phase::Down;
+        !down && !state.is_cut(index, source) && state.route(index) == source
+    };
+    let mut members = (shape.listed..shape.heeded()).filter(enrolled);
+    !rules.has(Rule::R9Members) || members.all(|index| holds(&state.proxies[index], number))
+}
+
+fn holds(proxy: &Proxy, number: u8) -> bool {
+    matches!(proxy.phase, Phase::Held | Phase::Asking) && proxy.hold == number
 }

@@ -1,29 +1,62 @@
 //! What a proxy does: by order of a controller, and by itself.
 //!
-//! Invariant: a proxy learns of a decision only by reading the store; no message carries one that it believes.
+//! Invariant: a proxy learns of a decision only by reading a store that it can reach; no message carries one that it
+//! believes.
 
 use crate::rules::Rule;
 use crate::rules::Rules;
+use crate::state::Form;
 use crate::state::Outcome;
 use crate::state::Phase;
 use crate::state::Proxy;
 use crate::state::Sent;
+use crate::state::Shape;
 use crate::state::Side;
 use crate::state::State;
 use crate::store;
-use crate::store::Reading;
+use crate::store::View;
+
+/// What to do about what was read: `proxy/src/database/verdict.rs`: verdict.
+enum Verdict {
+    Rest,
+    Hold(u8),
+    Follow(u8),
+    Resume,
+}
+
+fn verdict(state: &State, proxy: Proxy, view: View) -> Verdict {
+    if let Some(commit) = view.last_commit.filter(|&commit| commit > proxy.route_epoch) {
+        return Verdict::Follow(commit);
+    }
+    if proxy.hold > 0 {
+        let aborted = view.last == Some(proxy.hold) && state.epoch(proxy.hold).outcome == Outcome::Abort;
+        return if aborted { Verdict::Resume } else { Verdict::Rest };
+    }
+    match view.open {
+        Some(open) if open > proxy.route_epoch => Verdict::Hold(open),
+        Some(_) | None => Verdict::Rest,
+    }
+}
+
+/// Whether a proxy's control login works on a side.
+fn reaches(state: &State, index: usize, side: Side, rules: Rules) -> bool {
+    // Without R12 the fence is one that shuts out everyone.
+    let shut_out = !rules.has(Rule::R12) && state.gates[side.index()].form == Form::Fenced;
+    !state.is_cut(index, side) && !shut_out
+}
 
 /// PAUSE of an epoch arrives: drained and held.
 pub(crate) fn pause(state: &State, index: usize, number: u8, rules: Rules) -> Option<State> {
     let mut next = *state;
-    let epoch = state.epoch(number);
-    let proxy = &mut next.proxies[index];
-    let open = epoch.outcome == Outcome::Undecided && store::last_opened(state, epoch.source) == Some(number);
-    let stale = !open || proxy.route != epoch.source;
-    if proxy.phase != Phase::Serving || (stale && rules.has(Rule::R7Pause)) {
+    let source = state.epoch(number).source;
+    let current = state.route(index) == source && store::view(state, source).open == Some(number);
+    if state.proxies[index].phase != Phase::Serving || !reaches(state, index, source, rules) {
         return None;
     }
-    hold(proxy, number);
+    if !current && rules.has(Rule::R7Pause) {
+        return None;
+    }
+    hold(&mut next.proxies[index], number);
     Some(next)
 }
 
@@ -31,13 +64,38 @@ pub(crate) fn pause(state: &State, index: usize, number: u8, rules: Rules) -> Op
 pub(crate) fn switch(state: &State, index: usize, number: u8, rules: Rules) -> Option<State> {
     let mut next = *state;
     let proxy = state.proxies[index];
-    let proven = proxy.hold == number && state.epoch(number).outcome == Outcome::Commit && proxy.route_epoch < number;
-    let sent = state.epoch(number).was_sent(Sent::Switch);
-    if proxy.phase != Phase::Held || !sent || (!proven && rules.has(Rule::R7)) {
+    let held = matches!(proxy.phase, Phase::Held | Phase::Asking);
+    if !held || !state.epoch(number).was_sent(Sent::Switch) {
         return None;
     }
-    take_route(&mut next, index, number, rules);
+    let proven = proxy.hold == number && reads_commit(state, index, number, rules);
+    let moved_on = store::last_opened(state, state.epoch(number).source.other()) > Some(number);
+    if (!proven && rules.has(Rule::R7)) || (moved_on && rules.has(Rule::R7Newest)) {
+        return None;
+    }
+    if !bears_witness(&mut next, index, number, rules) {
+        return None;
+    }
+    next.proxies[index].route_epoch = number;
     (next != *state).then_some(next)
+}
+
+/// Whether it reads this very commit: on the source, or, where that is silent, on the target.
+fn reads_commit(state: &State, index: usize, number: u8, rules: Rules) -> bool {
+    let source = state.epoch(number).source;
+    let asked = [source, source.other()].into_iter().find(|&side| reaches(state, index, side, rules));
+    asked.is_some_and(|side| store::newest_commit(state, side) == Some(number))
+}
+
+/// Whoever learns of a commit writes the evidence before it switches; false where the target is out of reach.
+fn bears_witness(state: &mut State, index: usize, number: u8, rules: Rules) -> bool {
+    if rules.has(Rule::R10Witness) {
+        if !reaches(state, index, state.epoch(number).source.other(), rules) {
+            return false;
+        }
+        store::witness(state, number);
+    }
+    true
 }
 
 /// RESUME of an epoch arrives.
@@ -45,7 +103,13 @@ pub(crate) fn resume(state: &State, index: usize, number: u8, rules: Rules) -> O
     let mut next = *state;
     let proxy = state.proxies[index];
     let held = matches!(proxy.phase, Phase::Held | Phase::Asking);
-    let proven = proxy.hold == number && (proxy.route_epoch == number || state.epoch(number).outcome == Outcome::Abort);
+    let source = state.epoch(number).source;
+    let reads_abort = || {
+        reaches(state, index, source, rules)
+            && store::view(state, source).last == Some(number)
+            && state.epoch(number).outcome == Outcome::Abort
+    };
+    let proven = proxy.hold == number && (proxy.route_epoch == number || reads_abort());
     if !held || !state.epoch(number).was_sent(Sent::Resume) || (!proven && rules.has(Rule::R7)) {
         return None;
     }
@@ -68,68 +132,112 @@ pub(crate) fn lease_end(state: &State, index: usize, rules: Rules) -> Option<Sta
     Some(next)
 }
 
-/// Its `decide(abort)` is answered.
-pub(crate) fn decide(state: &State, index: usize, rules: Rules) -> Option<State> {
+/// Its `decide(abort)` is answered; where the source is silent, evidence on the target counts.
+pub(crate) fn decide(state: &State, index: usize, shape: Shape, rules: Rules) -> Option<State> {
     let mut next = *state;
     let proxy = state.proxies[index];
     if proxy.phase != Phase::Asking {
         return None;
     }
-    match store::decide(&mut next, proxy.hold, Outcome::Abort) {
-        Some(Outcome::Commit) if proxy.route_epoch < proxy.hold => {
-            take_route(&mut next, index, proxy.hold, rules);
-            serve(&mut next.proxies[index]);
+    let source = state.epoch(proxy.hold).source;
+    let answer = if reaches(state, index, source, rules) {
+        store::decide(&mut next, proxy.hold, Outcome::Abort, shape.data)
+    } else {
+        None
+    };
+    match answer {
+        Some(Outcome::Abort) => {
+            end_own_hold(&mut next.proxies[index], rules);
+            Some(next)
         }
-        Some(Outcome::Commit | Outcome::Abort | Outcome::Undecided) => serve(&mut next.proxies[index]),
-        None => look_again(&mut next.proxies[index]),
+        Some(Outcome::Commit) => {
+            let number = evidence(state, index, rules).unwrap_or(proxy.hold);
+            follow_to(&next, index, number, rules)
+        }
+        // Where nothing tells, it holds, and asks again.
+        Some(Outcome::Undecided) | None => follow_to(&next, index, evidence(state, index, rules)?, rules),
     }
-    Some(next)
 }
 
-/// It reads its active backend: at start, at a new server connection, every second.
+/// The commit of its hold's epoch that the target has evidence of, or a newer one that any server in reach knows of.
+fn evidence(state: &State, index: usize, rules: Rules) -> Option<u8> {
+    let hold = state.proxies[index].hold;
+    let target = state.epoch(hold).source.other();
+    let newest = |side| store::newest_commit(state, side).filter(|_| reaches(state, index, side, rules));
+    let of_this = newest(target).filter(|&commit| commit == hold && rules.has(Rule::R8Evidence));
+    let newer = newest(target).max(newest(target.other())).filter(|&commit| commit > hold && rules.has(Rule::R8Newer));
+    newer.or(of_this)
+}
+
+/// It reads its active backend: at start, at a new server connection, every second; and does what follows from that.
 pub(crate) fn look(state: &State, index: usize, rules: Rules) -> Option<State> {
-    let mut next = *state;
-    let proxy = &mut next.proxies[index];
-    let looks = match proxy.phase {
-        Phase::Looking => true,
-        Phase::Serving => rules.has(Rule::R9),
-        Phase::Down | Phase::Held | Phase::Asking => false,
+    let proxy = state.proxies[index];
+    match proxy.phase {
+        Phase::Down => return None,
+        Phase::Looking if !rules.has(Rule::R9) => {
+            let mut next = *state;
+            serve(&mut next.proxies[index]);
+            return Some(next);
+        }
+        Phase::Serving | Phase::Held | Phase::Asking if !rules.has(Rule::R9) => return None,
+        Phase::Looking | Phase::Serving | Phase::Held | Phase::Asking => {}
+    }
+    let route = state.route(index);
+    let side = if reaches(state, index, route, rules) { Some(route) } else { elsewhere(state, index, rules) }?;
+    let next = match verdict(state, proxy, store::view(state, side)) {
+        Verdict::Follow(number) => return follow_to(state, index, number, rules),
+        // Silent: what is open or aborted elsewhere says nothing of its own side.
+        Verdict::Rest | Verdict::Hold(_) | Verdict::Resume if side != route => return None,
+        Verdict::Rest if proxy.hold > 0 => return None,
+        Verdict::Rest => {
+            let mut next = *state;
+            serve(&mut next.proxies[index]);
+            next
+        }
+        Verdict::Resume => {
+            let mut next = *state;
+            end_own_hold(&mut next.proxies[index], rules);
+            next
+        }
+        Verdict::Hold(number) => {
+            let mut next = *state;
+            next.proxies[index].leaseless = proxy.phase == Phase::Looking && !rules.has(Rule::R8StartUp);
+            hold(&mut next.proxies[index], number);
+            next
+        }
     };
-    if !looks {
-        return None;
-    }
-    let reading = if rules.has(Rule::R9) { store::look(state, proxy.route) } else { Reading::Nothing };
-    match reading {
-        Reading::Open(number) => {
-            proxy.leaseless = proxy.phase == Phase::Looking && !rules.has(Rule::R8StartUp);
-            hold(proxy, number);
-        }
-        Reading::Decided(number, Outcome::Commit, side) if number > proxy.route_epoch && side != proxy.route => {
-            return None; // it follows instead
-        }
-        Reading::Decided(number, Outcome::Commit, _) if number > proxy.route_epoch => {
-            proxy.route_epoch = number;
-            serve(proxy);
-        }
-        Reading::Decided(..) | Reading::Nothing => serve(proxy),
-    }
     (next != *state).then_some(next)
 }
 
-/// It reads a newer commit to the other side, and goes there to look again before it serves.
-pub(crate) fn follow(state: &State, index: usize, rules: Rules) -> Option<State> {
+/// Where its active backend is silent: the other one, for evidence of a newer commit. One that holds asks there anyway.
+fn elsewhere(state: &State, index: usize, rules: Rules) -> Option<Side> {
+    let other = state.route(index).other();
+    let asks = state.proxies[index].hold == 0 && rules.has(Rule::R9Evidence);
+    (asks && reaches(state, index, other, rules)).then_some(other)
+}
+
+/// It goes where a commit went, and looks there before it serves; it holds where the target can't be told.
+fn follow_to(state: &State, index: usize, number: u8, rules: Rules) -> Option<State> {
     let mut next = *state;
-    let proxy = state.proxies[index];
-    if !matches!(proxy.phase, Phase::Looking | Phase::Serving) || !rules.has(Rule::R9) {
-        return None;
-    }
-    match store::look(state, proxy.route) {
-        Reading::Decided(number, Outcome::Commit, side) if number > proxy.route_epoch && side != proxy.route => {
-            take_route(&mut next, index, number, rules);
-            look_again(&mut next.proxies[index]);
-            Some(next)
+    if state.proxies[index].route_epoch < number {
+        if !bears_witness(&mut next, index, number, rules) {
+            if state.proxies[index].hold > 0 {
+                return None;
+            }
+            hold(&mut next.proxies[index], number);
+            return Some(next);
         }
-        Reading::Decided(..) | Reading::Open(_) | Reading::Nothing => None,
+        next.proxies[index].route_epoch = number;
+    }
+    end_own_hold(&mut next.proxies[index], rules);
+    Some(next)
+}
+
+/// Its hold ends without anyone's RESUME: it looks before it serves.
+fn end_own_hold(proxy: &mut Proxy, rules: Rules) {
+    serve(proxy);
+    if rules.has(Rule::R9Again) {
+        proxy.phase = Phase::Looking;
     }
 }
 
@@ -140,34 +248,40 @@ pub(crate) fn kill(state: &State, index: usize) -> Option<State> {
     if proxy.phase == Phase::Down {
         return None;
     }
-    let (route, route_epoch) = (proxy.route, proxy.route_epoch);
-    *proxy = Proxy { phase: Phase::Down, hold: 0, leaseless: false, route, route_epoch };
+    *proxy = Proxy { phase: Phase::Down, hold: 0, leaseless: false, route_epoch: proxy.route_epoch };
     Some(next)
 }
 
 /// It starts, at the route it last had.
-pub(crate) fn start(state: &State, index: usize) -> Option<State> {
+pub(crate) fn start(state: &State, index: usize, rules: Rules) -> Option<State> {
     let mut next = *state;
     if state.proxies[index].phase != Phase::Down {
         return None;
     }
-    look_again(&mut next.proxies[index]);
+    next.proxies[index].phase = if rules.has(Rule::R9Start) { Phase::Looking } else { Phase::Serving };
     Some(next)
 }
 
 /// It starts at an older route: the file was lost or could not be written. `route_epoch` 0 is the configuration's.
-pub(crate) fn start_stale(state: &State, index: usize, route_epoch: u8) -> Option<State> {
-    let mut next = start(state, index)?;
-    let proxy = &mut next.proxies[index];
+pub(crate) fn start_stale(state: &State, index: usize, route_epoch: u8, rules: Rules) -> Option<State> {
+    let mut next = start(state, index, rules)?;
     let was_a_route = route_epoch == 0 || state.epoch(route_epoch).outcome == Outcome::Commit;
-    if route_epoch >= proxy.route_epoch || !was_a_route {
+    if route_epoch >= state.proxies[index].route_epoch || !was_a_route {
         return None;
     }
-    proxy.route_epoch = route_epoch;
-    proxy.route = match route_epoch {
-        0 => Side::Blue,
-        number => state.epoch(number).source.other(),
-    };
+    next.proxies[index].route_epoch = route_epoch;
+    Some(next)
+}
+
+/// Its network to a server comes back: the new connections look before they serve.
+pub(crate) fn mend(state: &State, rules: Rules) -> Option<State> {
+    let mut next = *state;
+    let cut = next.cut.take()?;
+    let proxy = &mut next.proxies[cut.proxy];
+    let serves_there = proxy.phase == Phase::Serving && state.route(cut.proxy) == cut.side;
+    if serves_there && rules.has(Rule::R9Connect) {
+        proxy.phase = Phase::Looking;
+    }
     Some(next)
 }
 
@@ -180,19 +294,4 @@ fn serve(proxy: &mut Proxy) {
     proxy.phase = Phase::Serving;
     proxy.hold = 0;
     proxy.leaseless = false;
-}
-
-fn look_again(proxy: &mut Proxy) {
-    serve(proxy);
-    proxy.phase = Phase::Looking;
-}
-
-/// Writes the evidence on the target, then makes that the active backend.
-fn take_route(state: &mut State, index: usize, number: u8, rules: Rules) {
-    if rules.has(Rule::R10Witness) {
-        store::witness(state, number);
-    }
-    let proxy = &mut state.proxies[index];
-    proxy.route = state.epochs[usize::from(number) - 1].source.other();
-    proxy.route_epoch = number;
 }

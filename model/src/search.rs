@@ -1,6 +1,7 @@
 //! A breadth-first walk through every state, and the search for those without a way back.
 //!
-//! Invariant: states are kept whole, so two of them are never taken for one; memory is bounded by `states_max`.
+//! Invariant: states are kept whole, so two of them are taken for one only where the proxies have changed places; memory is
+//! bounded by `states_max`.
 
 use crate::safety::Fault;
 use crate::state::State;
@@ -29,27 +30,35 @@ pub struct Found {
 pub type Trace = Vec<(Step, State)>;
 
 /// What a search does beyond visiting everything.
-#[derive(Debug, Clone, Copy)]
-pub struct Wish {
-    /// It gives up, incomplete, at this many states (each takes about 50 bytes).
+#[derive(Clone, Copy)]
+pub struct Wish<'a> {
+    /// It gives up, incomplete, at this many states (each takes about 30 bytes).
     pub states_max: usize,
     /// It ends at the first fault of this kind.
     pub until: Option<Fault>,
+    /// Is told now and then how many states are done, of how many that are known.
+    pub progress: &'a dyn Fn(usize, usize),
 }
 
+/// How many states are done between two tidings of progress.
+const TIDINGS: usize = 1 << 19;
+
 impl Machine {
-    /// Visits every state reachable from the first one.
-    pub fn search(&self, wish: Wish) -> Found {
+    /// Visits every state reachable from the first one; states that differ only in which proxy is which are one.
+    pub fn search(&self, wish: Wish<'_>) -> Found {
         let mut walk = Walk::new(*self);
         let complete = walk.run(wish);
         if complete && walk.wants_more(wish) {
-            walk.note_stuck();
+            walk.note_no_way(Fault::Stuck);
+            if self.shape.cuts() {
+                walk.note_no_way(Fault::Stranded);
+            }
         }
         Found {
             states: walk.states.len(),
             transitions: walk.transitions,
             complete,
-            depth: walk.trace(walk.states.len() - 1).len(),
+            depth: walk.way(walk.states.len() - 1).len(),
             faults: walk.faults.iter().map(|&(fault, at)| (fault, walk.trace(at))).collect(),
         }
     }
@@ -61,10 +70,6 @@ struct Walk {
     states: Vec<u128>,
     parents: Vec<u32>,
     table: Table,
-    /// For each visited state where its part of `unaided` ends.
-    unaided_ends: Vec<u64>,
-    /// Where the steps lead that proxies take by themselves.
-    unaided: Vec<u32>,
     transitions: u64,
     faults: Vec<(Fault, usize)>,
 }
@@ -76,31 +81,33 @@ impl Walk {
             states: Vec::new(),
             parents: Vec::new(),
             table: Table::new(),
-            unaided_ends: Vec::new(),
-            unaided: Vec::new(),
             transitions: 0,
             faults: Vec::new(),
         };
-        walk.visit(State::first(machine.shape.crashes).pack(), NONE);
+        walk.visit(walk.word(&machine.first()), NONE);
         walk
     }
 
     /// Whether all was visited.
-    fn run(&mut self, wish: Wish) -> bool {
+    fn run(&mut self, wish: Wish<'_>) -> bool {
         let mut next = Vec::new();
         let mut at = 0;
         while at < self.states.len() {
             let state = State::unpack(self.states[at]);
-            self.note_faults(&state, at);
+            let machine = self.machine;
+            for fault in machine.faults(&state) {
+                self.note(fault, at);
+            }
             if !self.wants_more(wish) || self.states.len() > wish.states_max {
                 return false;
             }
-            // Two sides is the end of the story: what follows from it is of no interest.
-            if !self.machine.two_sides(&state) {
+            if !self.machine.is_over(&state) {
                 self.expand(&state, at, &mut next);
             }
-            self.unaided_ends.push(self.unaided.len() as u64);
             at += 1;
+            if at % TIDINGS == 0 {
+                (wish.progress)(at, self.states.len());
+            }
         }
         true
     }
@@ -108,36 +115,26 @@ impl Walk {
     fn expand(&mut self, state: &State, at: usize, next: &mut Vec<(Step, State)>) {
         self.machine.successors(state, next);
         self.transitions += next.len() as u64;
-        for (step, after) in next.iter() {
-            let index = self.visit(after.pack(), index_of(at));
-            if step.is_unaided() {
-                self.unaided.push(index);
-            }
+        for (_, after) in next.iter() {
+            self.visit(self.word(after), index_of(at));
         }
     }
 
-    fn visit(&mut self, word: u128, parent: u32) -> u32 {
+    fn word(&self, state: &State) -> u128 {
+        state.sorted(self.machine.shape).pack()
+    }
+
+    fn visit(&mut self, word: u128, parent: u32) {
         let fresh = index_of(self.states.len());
-        let index = self.table.find_or_put(word, fresh, &self.states);
-        if index == fresh {
+        if self.table.find_or_put(word, fresh, &self.states) == fresh {
             self.states.push(word);
             self.parents.push(parent);
             self.table.grow_if_full(&self.states);
         }
-        index
     }
 
-    fn wants_more(&self, wish: Wish) -> bool {
+    fn wants_more(&self, wish: Wish<'_>) -> bool {
         !self.faults.iter().any(|&(fault, _)| Some(fault) == wish.until)
-    }
-
-    fn note_faults(&mut self, state: &State, at: usize) {
-        if self.machine.two_sides(state) {
-            self.note(Fault::TwoSides, at);
-        }
-        if self.machine.loser_served(state) {
-            self.note(Fault::LoserServed, at);
-        }
     }
 
     fn note(&mut self, fault: Fault, at: usize) {
@@ -146,54 +143,68 @@ impl Walk {
         }
     }
 
-    /// Finds the first state from which no chain of unaided steps leads to service.
-    fn note_stuck(&mut self) {
-        let mut good: Vec<bool> = self.states.iter().map(|&word| self.is_end(word)).collect();
+    /// Finds the first state from which no chain of the proxies' own steps leads to service.
+    fn note_no_way(&mut self, fault: Fault) {
+        let mut good: Vec<bool> = self.states.iter().map(|&word| self.is_end(word, fault)).collect();
+        let mut next = Vec::new();
         let mut changed = true;
         while changed {
             changed = false;
-            // Unaided steps mostly lead to states visited later, so backwards one round does most of the work.
+            // The proxies' own steps mostly lead to states visited later, so backwards one round does most of the work.
             for at in (0..good.len()).rev() {
-                let start = if at == 0 { 0 } else { self.unaided_ends[at - 1] };
-                let led_to = &self.unaided[usize_of(start)..usize_of(self.unaided_ends[at])];
-                if !good[at] && led_to.iter().any(|&after| good[after as usize]) {
-                    good[at] = true;
-                    changed = true;
+                if good[at] {
+                    continue;
                 }
+                self.machine.unaided(&State::unpack(self.states[at]), fault == Fault::Stuck, &mut next);
+                good[at] = next.iter().any(|(_, after)| good[self.table.find(self.word(after), &self.states)]);
+                changed |= good[at];
             }
         }
         if let Some(at) = good.iter().position(|&good| !good) {
-            self.note(Fault::Stuck, at);
+            self.note(fault, at);
         }
     }
 
-    fn is_end(&self, word: u128) -> bool {
+    fn is_end(&self, word: u128, fault: Fault) -> bool {
         let state = State::unpack(word);
-        self.machine.in_service(&state) || self.machine.two_sides(&state)
+        let served = match fault {
+            Fault::Stranded => self.machine.in_service_so_far(&state),
+            Fault::Stuck | Fault::TwoSides | Fault::LoserServed | Fault::Lost | Fault::Echo => {
+                self.machine.in_service(&state)
+            }
+        };
+        served || self.machine.is_over(&state)
     }
 
-    fn trace(&self, at: usize) -> Trace {
+    /// The states from the first one's successor to this one.
+    fn way(&self, at: usize) -> Vec<u128> {
         let mut way = Vec::new();
-        let mut next = Vec::new();
         let mut at = at;
         while self.parents[at] != NONE {
-            let parent = self.parents[at] as usize;
-            let after = State::unpack(self.states[at]);
-            self.machine.successors(&State::unpack(self.states[parent]), &mut next);
-            way.extend(next.iter().find(|(_, state)| *state == after).copied());
-            at = parent;
+            way.push(self.states[at]);
+            at = self.parents[at] as usize;
         }
         way.reverse();
         way
+    }
+
+    /// The same as steps: states are kept sorted, and a story needs each proxy to keep its place.
+    fn trace(&self, at: usize) -> Trace {
+        let mut state = self.machine.first();
+        let mut next = Vec::new();
+        let mut trace = Vec::new();
+        for word in self.way(at) {
+            self.machine.successors(&state, &mut next);
+            let Some(&(step, after)) = next.iter().find(|(_, after)| self.word(after) == word) else { break };
+            trace.push((step, after));
+            state = after;
+        }
+        trace
     }
 }
 
 fn index_of(at: usize) -> u32 {
     u32::try_from(at).unwrap_or(NONE) // states_max keeps it below
-}
-
-fn usize_of(at: u64) -> usize {
-    usize::try_from(at).unwrap_or(usize::MAX) // it was a length
 }
 
 /// A hash table from packed states to their indices; the states themselves live in the walk.
@@ -222,8 +233,20 @@ impl Table {
         }
     }
 
+    /// The index of a state that is there.
+    fn find(&self, word: u128, states: &[u128]) -> usize {
+        let mask = self.places.len() - 1;
+        let mut place = hash(word) & mask;
+        // Ended by the state, or by an empty place: there always is one.
+        while self.places[place] != NONE && states[self.places[place] as usize] != word {
+            place = (place + 1) & mask;
+        }
+        self.places[place] as usize
+    }
+
     fn grow_if_full(&mut self, states: &[u128]) {
-        if states.len() * 2 < self.places.len() {
+        // Three quarters: memory is what bounds a search.
+        if states.len() * 4 < self.places.len() * 3 {
             return;
         }
         let mut bigger = Self { places: vec![NONE; self.places.len() * 2] };

@@ -3,9 +3,11 @@
 //! Invariant: `successors` is complete: what is not listed here cannot happen.
 
 use crate::controller;
+use crate::data;
 use crate::proxy;
 use crate::rules::Rule;
 use crate::rules::Rules;
+use crate::state::Cut;
 use crate::state::Form;
 use crate::state::Outcome;
 use crate::state::Sent;
@@ -15,51 +17,94 @@ use crate::state::State;
 use crate::store;
 use crate::writer;
 
-/// What a proxy does or is made to do.
+/// What a proxy does or is made to do. Each says where the product does it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProxyVerb {
     /// PAUSE of this epoch arrives.
+    ///
+    /// In `proxy/src/database/pause.rs`: pause_with, check_epoch; `proxy/src/gate.rs`: shut, drained.
     Pause(u8),
     /// SWITCH of this epoch arrives.
+    ///
+    /// In `proxy/src/database/switch.rs`: switch, read_commit, bear_witness; `proxy/src/route.rs`: switch.
     Switch(u8),
     /// RESUME of this epoch arrives.
+    ///
+    /// In `proxy/src/database/pause.rs`: resume_with, require_abort, open.
     Resume(u8),
     /// The lease of its hold ends.
+    ///
+    /// In `proxy/src/database/watch.rs`: settle_ended_lease; `proxy/src/gate.rs`: end_lease.
     LeaseEnd,
     /// It asks `decide(abort)` and acts on the answer.
+    ///
+    /// In `proxy/src/database/watch.rs`: settle_ended_lease, outcome_of, decide_abort.
     Decide,
-    /// It reads its active backend.
+    /// It reads its active backend, and does what follows.
+    ///
+    /// In `proxy/src/database/watch.rs`: look; `proxy/src/database/verdict.rs`: verdict; `proxy/src/database/switch.rs`:
+    /// follow, hold_for, own_hold.
     Look,
-    /// It reads a newer commit and goes to the other side.
-    Follow,
     /// It dies.
+    ///
+    /// In nothing: kill -9, a machine that goes.
     Kill,
     /// It starts at its last route.
+    ///
+    /// In `proxy/src/database.rs`: start; `proxy/src/route.rs`: load.
     Start,
     /// It starts at an older route.
+    ///
+    /// In `proxy/src/database.rs`: start; `proxy/src/route.rs`: load.
     StartStale(u8),
 }
 
-/// What the controller does.
+/// What the controller does. Each says where the product does it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ControllerVerb {
-    /// A new run opens an epoch on this side and sends PAUSE.
+    /// A new run opens an epoch on this side and sends guard and PAUSE.
+    ///
+    /// In `control/src/steps/paused.rs`: run, open, pause_all; `proxy/api/sql/objects.sql`: open.
     Open(Side),
-    /// Everyone is paused: flip and guard are sent.
+    /// Everyone is paused: flip is sent.
+    ///
+    /// In `control/src/steps/fenced.rs`: run.
     Fence,
-    /// The checks are green: `decide(commit)` is sent.
+    /// Everything arrived, the way back is kept, the checks are green: `decide(commit)` is sent.
+    ///
+    /// In `control/src/steps/caught_up.rs`: run; `control/src/steps/way_back.rs`: run; `control/src/steps/checked.rs`: run;
+    /// `control/src/steps/paused.rs`: members; `control/src/clusters/barrier.rs`: barrier;
+    /// `control/src/steps/decided.rs`: run.
     Check,
     /// A RENEW is refused.
+    ///
+    /// In `control/src/engine.rs`: act, lease_lost; `proxy/src/database/pause.rs`: renew.
     RenewRefused,
     /// It gives up.
+    ///
+    /// In `control/src/engine.rs`: fail, go_back; `control/src/steps/decided.rs`: decide.
     Abort,
     /// It takes up the last epoch of its journal.
+    ///
+    /// In `control/src/commands/resume_run.rs`: run, take_up; `control/src/engine.rs`: take_up, taken_up;
+    /// `control/src/commands/abort.rs`: run.
     ResumeRun,
     /// It reads the outcome and sends what follows.
+    ///
+    /// In `control/src/engine.rs`: go_back, undo_all; `control/src/steps/decided.rs`: run, evidence;
+    /// `control/src/steps/switched.rs`: run; `control/src/steps/resumed.rs`: run; `control/src/steps/way_back.rs`: undo.
     Finish,
+    /// S10: the forward subscription is gone, so the reverse one is ordered.
+    ///
+    /// In nothing yet: S10 is under way.
+    Attach,
     /// It dies.
+    ///
+    /// In nothing: kill -9, a machine that goes.
     Crash,
     /// Its epoch was closed over it.
+    ///
+    /// In nothing: only without R4.
     Closed,
 }
 
@@ -67,10 +112,16 @@ pub enum ControllerVerb {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WriterVerb {
     /// It takes a REPEATABLE READ snapshot on this side.
+    ///
+    /// In nothing: an application that goes past the proxies.
     Snapshot(Side),
     /// It writes on this side and stays open.
+    ///
+    /// In `proxy/api/sql/objects.sql`: put_gate, for what lets it pass or refuses it.
     Write(Side),
     /// It ends what it has open.
+    ///
+    /// In nothing: an application that goes past the proxies.
     End,
 }
 
@@ -85,26 +136,12 @@ pub enum Step {
     Arrives(Sent, u8),
     /// Of the writer.
     Writer(WriterVerb),
+    /// The network between one proxy and one server breaks.
+    Cut(Cut),
+    /// It works again.
+    Mend,
     /// The fence of this side expires. Only without R1.
     FenceExpires(Side),
-}
-
-impl Step {
-    /// Whether proxies do this by themselves, without a controller and without anything dying.
-    pub const fn is_unaided(self) -> bool {
-        match self {
-            Self::Proxy(_, verb) => match verb {
-                ProxyVerb::LeaseEnd
-                | ProxyVerb::Decide
-                | ProxyVerb::Look
-                | ProxyVerb::Follow
-                | ProxyVerb::Start
-                | ProxyVerb::StartStale(_) => true,
-                ProxyVerb::Pause(_) | ProxyVerb::Switch(_) | ProxyVerb::Resume(_) | ProxyVerb::Kill => false,
-            },
-            Self::Controller(_) | Self::Arrives(..) | Self::Writer(_) | Self::FenceExpires(_) => false,
-        }
-    }
 }
 
 /// The machine: how many of everything, under which rules.
@@ -117,17 +154,61 @@ pub struct Machine {
 }
 
 impl Machine {
+    /// Everything as it is before the first run.
+    pub fn first(&self) -> State {
+        State::first(self.shape.crashes)
+    }
+
     /// Puts every step that is possible, with the state after it, into `out`.
     pub fn successors(&self, state: &State, out: &mut Vec<(Step, State)>) {
         out.clear();
         self.controller_steps(state, out);
         self.arrivals(state, out);
-        for index in 0..self.shape.known + self.shape.strangers {
-            self.proxy_steps(state, index, out);
-        }
         self.writer_steps(state, out);
+        for index in 0..self.shape.proxies() {
+            self.own_steps(state, index, out);
+            self.orders(state, index, out);
+        }
+        if self.shape.cuts() {
+            self.cuts(state, out);
+        }
         if !self.rules.has(Rule::R1) {
             expiries(state, out);
+        }
+        if self.shape.data {
+            out.iter_mut().for_each(|(_, next)| self.write_what_can_be(next));
+        }
+    }
+
+    /// Puts the steps that proxies take by themselves into `out`, and with `mended` the network's recovery.
+    pub fn unaided(&self, state: &State, mended: bool, out: &mut Vec<(Step, State)>) {
+        out.clear();
+        for index in 0..self.shape.proxies() {
+            self.own_steps(state, index, out);
+        }
+        if mended {
+            out.extend(proxy::mend(state, self.rules).map(|next| (Step::Mend, next)));
+        }
+        if self.shape.data {
+            out.iter_mut().for_each(|(_, next)| self.write_what_can_be(next));
+        }
+    }
+
+    fn own_steps(&self, state: &State, index: usize, out: &mut Vec<(Step, State)>) {
+        let mut add = |verb, next: Option<State>| out.extend(next.map(|next| (Step::Proxy(index, verb), next)));
+        let rules = self.rules;
+        add(ProxyVerb::LeaseEnd, proxy::lease_end(state, index, rules));
+        add(ProxyVerb::Decide, proxy::decide(state, index, self.shape, rules));
+        add(ProxyVerb::Look, proxy::look(state, index, rules));
+        add(ProxyVerb::Start, proxy::start(state, index, rules));
+        for number in state.opened() {
+            add(ProxyVerb::StartStale(number - 1), proxy::start_stale(state, index, number - 1, rules));
+        }
+    }
+
+    fn write_what_can_be(&self, state: &mut State) {
+        if self.takes_writes(state) {
+            data::write(state, state.owner);
         }
     }
 
@@ -142,30 +223,20 @@ impl Machine {
         add(ControllerVerb::RenewRefused, controller::renew_refused(state, shape));
         add(ControllerVerb::Abort, controller::abort(state));
         add(ControllerVerb::ResumeRun, controller::resume_run(state, rules));
-        add(ControllerVerb::Finish, controller::finish(state, rules));
+        add(ControllerVerb::Finish, controller::finish(state, shape, rules));
+        add(ControllerVerb::Attach, controller::attach(state, rules));
         add(ControllerVerb::Crash, controller::crash(state));
         add(ControllerVerb::Closed, controller::closed(state));
     }
 
     fn arrivals(&self, state: &State, out: &mut Vec<(Step, State)>) {
         for number in state.opened() {
-            for sent in [Sent::Flip, Sent::Guard, Sent::Unfence, Sent::Commit, Sent::Abort] {
+            for sent in Sent::TO_SERVERS {
                 if !state.epoch(number).was_sent(sent) {
                     continue;
                 }
                 let mut next = *state;
-                match sent {
-                    Sent::Flip => store::flip(&mut next, number, self.rules),
-                    Sent::Guard => store::guard(&mut next, number, self.rules),
-                    Sent::Unfence => store::unfence(&mut next, number, self.rules),
-                    Sent::Commit => {
-                        store::decide(&mut next, number, Outcome::Commit);
-                    }
-                    Sent::Abort => {
-                        store::decide(&mut next, number, Outcome::Abort);
-                    }
-                    Sent::Switch | Sent::Resume => continue, // these arrive at proxies
-                }
+                self.arrive(&mut next, sent, number);
                 if next != *state {
                     out.push((Step::Arrives(sent, number), next));
                 }
@@ -173,23 +244,35 @@ impl Machine {
         }
     }
 
-    fn proxy_steps(&self, state: &State, index: usize, out: &mut Vec<(Step, State)>) {
+    fn arrive(&self, next: &mut State, sent: Sent, number: u8) {
+        match sent {
+            Sent::Flip => store::flip(next, number, self.rules),
+            Sent::Guard => store::guard(next, number, self.rules),
+            Sent::Unfence => store::unfence(next, number, self.rules),
+            Sent::Settle => store::settle(next, number),
+            Sent::Commit => {
+                store::decide(next, number, Outcome::Commit, self.shape.data);
+            }
+            Sent::Abort => {
+                store::decide(next, number, Outcome::Abort, self.shape.data);
+            }
+            Sent::Detach => data::detach(next, number),
+            Sent::Attach => data::attach(next, number, self.rules),
+            Sent::Switch | Sent::Resume => {} // these arrive at proxies
+        }
+    }
+
+    fn orders(&self, state: &State, index: usize, out: &mut Vec<(Step, State)>) {
         let mut add = |verb, next: Option<State>| out.extend(next.map(|next| (Step::Proxy(index, verb), next)));
         let rules = self.rules;
-        for number in state.opened() {
-            if index < self.shape.known {
+        if index < self.shape.listed {
+            for number in state.opened() {
                 add(ProxyVerb::Pause(number), proxy::pause(state, index, number, rules));
                 add(ProxyVerb::Switch(number), proxy::switch(state, index, number, rules));
                 add(ProxyVerb::Resume(number), proxy::resume(state, index, number, rules));
             }
-            add(ProxyVerb::StartStale(number - 1), proxy::start_stale(state, index, number - 1));
         }
-        add(ProxyVerb::LeaseEnd, proxy::lease_end(state, index, rules));
-        add(ProxyVerb::Decide, proxy::decide(state, index, rules));
-        add(ProxyVerb::Look, proxy::look(state, index, rules));
-        add(ProxyVerb::Follow, proxy::follow(state, index, rules));
         add(ProxyVerb::Kill, proxy::kill(state, index));
-        add(ProxyVerb::Start, proxy::start(state, index));
     }
 
     fn writer_steps(&self, state: &State, out: &mut Vec<(Step, State)>) {
@@ -198,7 +281,20 @@ impl Machine {
             add(WriterVerb::Snapshot(side), writer::snapshot(state, side));
             add(WriterVerb::Write(side), writer::write(state, side, self.rules));
         }
-        add(WriterVerb::End, writer::end(state));
+        add(WriterVerb::End, writer::end(state, self.shape));
+    }
+
+    fn cuts(&self, state: &State, out: &mut Vec<(Step, State)>) {
+        if state.cut.is_some() {
+            out.extend(proxy::mend(state, self.rules).map(|next| (Step::Mend, next)));
+            return;
+        }
+        for proxy in 0..self.shape.proxies() {
+            for side in [Side::Blue, Side::Green] {
+                let cut = Cut { proxy, side };
+                out.push((Step::Cut(cut), State { cut: Some(cut), ..*state }));
+            }
+        }
     }
 }
 

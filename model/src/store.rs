@@ -7,19 +7,20 @@ use crate::rules::Rule;
 use crate::rules::Rules;
 use crate::state::Form;
 use crate::state::Gate;
+use crate::state::Lack;
 use crate::state::Outcome;
 use crate::state::Side;
 use crate::state::State;
 
-/// What one read of `state` and the newest row of `decision` and `evidence` on a side says.
+/// What one read of a side's store says: `proxy/api/src/store.rs`: view.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Reading {
-    /// Nothing was ever opened or decided here.
-    Nothing,
-    /// This epoch is open here.
-    Open(u8),
-    /// The newest epoch known here was decided so; a commit names the side that owns the database.
-    Decided(u8, Outcome, Side),
+pub(crate) struct View {
+    /// The opened epoch that nothing has decided.
+    pub(crate) open: Option<u8>,
+    /// The newest decided epoch.
+    pub(crate) last: Option<u8>,
+    /// The newest committed one.
+    pub(crate) last_commit: Option<u8>,
 }
 
 /// The epoch in the `state` row of a side.
@@ -27,27 +28,18 @@ pub(crate) fn last_opened(state: &State, side: Side) -> Option<u8> {
     state.opened().rev().find(|&number| state.epoch(number).source == side)
 }
 
-/// The newest epoch decided as far as a side's own rows tell.
-pub(crate) fn newest_decided(state: &State, side: Side) -> Option<u8> {
-    state.opened().rev().find(|&number| visible(state, side, number))
-}
-
 /// Whether a side has a row that tells how this epoch was decided.
-pub(crate) fn visible(state: &State, side: Side, number: u8) -> bool {
+fn visible(state: &State, side: Side, number: u8) -> bool {
     let epoch = state.epoch(number);
     if epoch.source == side { epoch.outcome != Outcome::Undecided } else { epoch.evidence }
 }
 
 /// Reads a side as a proxy does, in one statement.
-pub(crate) fn look(state: &State, side: Side) -> Reading {
-    let newest = newest_decided(state, side);
-    match (last_opened(state, side), newest) {
-        (Some(open), _) if newest.is_none_or(|decided| decided < open) => Reading::Open(open),
-        (_, Some(decided)) => {
-            let epoch = state.epoch(decided);
-            Reading::Decided(decided, epoch.outcome, epoch.source.other())
-        }
-        (_, None) => Reading::Nothing,
+pub(crate) fn view(state: &State, side: Side) -> View {
+    View {
+        open: last_opened(state, side).filter(|&number| !visible(state, side, number)),
+        last: state.opened().rev().find(|&number| visible(state, side, number)),
+        last_commit: newest_commit(state, side),
     }
 }
 
@@ -66,12 +58,12 @@ pub(crate) fn open(state: &mut State, source: Side, epochs_max: usize, rules: Ru
     Some(next)
 }
 
-fn newest_commit(state: &State, side: Side) -> Option<u8> {
+pub(crate) fn newest_commit(state: &State, side: Side) -> Option<u8> {
     state.opened().rev().find(|&number| visible(state, side, number) && state.epoch(number).outcome == Outcome::Commit)
 }
 
 /// `decide()`: the outcome that stands afterwards, or `None` where the epoch is closed (another one was opened over it).
-pub(crate) fn decide(state: &mut State, number: u8, want: Outcome) -> Option<Outcome> {
+pub(crate) fn decide(state: &mut State, number: u8, want: Outcome, data: bool) -> Option<Outcome> {
     let epoch = *state.epoch(number);
     if epoch.outcome != Outcome::Undecided {
         return Some(epoch.outcome);
@@ -82,6 +74,7 @@ pub(crate) fn decide(state: &mut State, number: u8, want: Outcome) -> Option<Out
     state.epoch_mut(number).outcome = want;
     if want == Outcome::Commit && state.owner == epoch.source {
         state.owner = epoch.source.other();
+        state.lost |= state.link(epoch.source).lack != Lack::Nothing && data;
     }
     Some(want)
 }
@@ -99,25 +92,38 @@ pub(crate) fn flip(state: &mut State, number: u8, rules: Rules) {
 /// `unfence()` on the source.
 pub(crate) fn unfence(state: &mut State, number: u8, rules: Rules) {
     let epoch = *state.epoch(number);
-    let allowed = last_opened(state, epoch.source) == Some(number) && epoch.outcome == Outcome::Abort;
+    let allowed = last_opened(state, epoch.source) == Some(number)
+        && epoch.outcome == Outcome::Abort
+        && fenced_at(state, epoch.source, number);
     if allowed || !rules.has(Rule::R3) {
-        state.gates[epoch.source.index()] = Gate { form: Form::Open, epoch: 0, expired: false };
+        state.gates[epoch.source.index()] = OPEN;
     }
 }
 
 /// `guard()` on the target, where that has a gate.
 pub(crate) fn guard(state: &mut State, number: u8, rules: Rules) {
     let side = state.epoch(number).source.other();
-    let newer = state.gates[side.index()].epoch > number || last_opened(state, side).is_some_and(|open| open > number);
-    if !has_gate(state, side) || (newer && rules.has(Rule::R3Guard)) {
+    let view = view(state, side);
+    let known = last_opened(state, side).max(view.last).max(Some(state.gates[side.index()].epoch));
+    // A gate of this very epoch is replaced by itself.
+    let over = known.is_some_and(|known| known > number) || view.last == Some(number) || view.open.is_some();
+    if !has_gate(state, side) || (over && rules.has(Rule::R3Guard)) {
         return;
     }
-    state.gates[side.index()] = if rules.has(Rule::R10) {
-        Gate { form: Form::Target, epoch: number, expired: false }
-    } else {
-        Gate { form: Form::Open, epoch: 0, expired: false }
-    };
+    let guarded = Gate { form: Form::Target, epoch: number, expired: false };
+    state.gates[side.index()] = if rules.has(Rule::R10) { guarded } else { OPEN };
 }
+
+/// `settle()` on the target: the no-op again, after the evidence.
+pub(crate) fn settle(state: &mut State, number: u8) {
+    let side = state.epoch(number).source.other();
+    let gate = state.gates[side.index()];
+    if state.epoch(number).evidence && gate.form == Form::Target && gate.epoch <= number {
+        state.gates[side.index()] = OPEN;
+    }
+}
+
+const OPEN: Gate = Gate { form: Form::Open, epoch: 0, expired: false };
 
 /// Whether a side's gate is this epoch's fence.
 pub(crate) fn fenced_at(state: &State, side: Side, number: u8) -> bool {

@@ -4,6 +4,7 @@
 
 use crate::state::Duty;
 use crate::state::Form;
+use crate::state::Lack;
 use crate::state::Outcome;
 use crate::state::Phase;
 use crate::state::Sent;
@@ -30,6 +31,8 @@ pub fn line(step: Step, after: &State) -> String {
         Step::Controller(verb) => format!("controller: {}", controller(verb, after)),
         Step::Arrives(sent, number) => format!("store: {} of epoch {number} arrives", statement(sent)),
         Step::Writer(verb) => format!("writer past the proxies: {}", writer(verb)),
+        Step::Cut(cut) => format!("network: proxy {} can not reach {} any more", cut.proxy + 1, side(cut.side)),
+        Step::Mend => "network: whole again".to_owned(),
         Step::FenceExpires(at) => format!("time: the fence on {} expires", side(at)),
     }
 }
@@ -39,6 +42,9 @@ const fn statement(sent: Sent) -> &'static str {
         Sent::Flip => "flip",
         Sent::Guard => "guard",
         Sent::Unfence => "unfence",
+        Sent::Settle => "settle",
+        Sent::Detach => "S10's drop of the subscription",
+        Sent::Attach => "S10's subscription of the old source",
         Sent::Commit => "decide(commit)",
         Sent::Abort => "decide(abort)",
         Sent::Switch => "SWITCH",
@@ -49,18 +55,17 @@ const fn statement(sent: Sent) -> &'static str {
 fn proxy(index: usize, verb: ProxyVerb, after: &State) -> String {
     let proxy = after.proxies[index];
     let now = phase(proxy.phase);
-    let route = format!("{} (epoch {})", side(proxy.route), proxy.route_epoch);
+    let route = format!("{} (epoch {})", side(after.route(index)), proxy.route_epoch);
     match verb {
         ProxyVerb::Pause(number) => format!("PAUSE of epoch {number} arrives; drained and held"),
         ProxyVerb::Switch(number) => format!("SWITCH of epoch {number} arrives; its route is {route}"),
         ProxyVerb::Resume(number) => format!("RESUME of epoch {number} arrives; it serves {route}"),
         ProxyVerb::LeaseEnd => format!("its lease ends; it {now}"),
         ProxyVerb::Decide => format!("its decide(abort) is answered; it {now}, route {route}"),
-        ProxyVerb::Look => format!("it looks at {}; it {now}", side(proxy.route)),
-        ProxyVerb::Follow => format!("it reads a newer commit and follows to {route}"),
+        ProxyVerb::Look => format!("it looks; it {now}, route {route}"),
         ProxyVerb::Kill => "it dies".to_owned(),
-        ProxyVerb::Start => format!("it starts at {route}"),
-        ProxyVerb::StartStale(_) => format!("it starts at an old route, {route}"),
+        ProxyVerb::Start => format!("it starts at {route}; it {now}"),
+        ProxyVerb::StartStale(_) => format!("it starts at an old route, {route}; it {now}"),
     }
 }
 
@@ -68,9 +73,14 @@ fn controller(verb: ControllerVerb, after: &State) -> String {
     let number = after.controller.epoch;
     match verb {
         ControllerVerb::Open(source) => {
-            format!("a new run opens epoch {number} from {} to {}; PAUSE is sent", side(source), side(source.other()))
+            format!(
+                "a new run opens epoch {number} from {} to {}; guard and PAUSE are sent",
+                side(source),
+                side(source.other())
+            )
         }
-        ControllerVerb::Fence => format!("every living proxy is paused at epoch {number}; guard and flip are sent"),
+        ControllerVerb::Fence => format!("every living proxy is paused at epoch {number}; flip is sent"),
+        ControllerVerb::Attach => "S10: the subscription of the old source is ordered".to_owned(),
         ControllerVerb::Check => format!("the checks of epoch {number} are green; decide(commit) is sent"),
         ControllerVerb::RenewRefused => format!("a RENEW is refused; it asks for the abort of epoch {number}"),
         ControllerVerb::Abort => format!("it gives up and asks for the abort of epoch {number}"),
@@ -121,16 +131,37 @@ pub fn picture(state: &State, shape: Shape) -> Vec<String> {
         };
         lines.push(format!("gate on {}: {form}{}", side(at), if gate.expired { ", expired" } else { "" }));
     }
-    for (index, proxy) in state.proxies.iter().take(shape.known + shape.strangers).enumerate() {
-        let who = if index < shape.known { "" } else { " (unknown to the controller)" };
+    for (index, proxy) in state.proxies.iter().take(shape.proxies()).enumerate() {
+        let who = match index {
+            listed if listed < shape.listed => "",
+            member if member < shape.heeded() => " (not listed, a member)",
+            _ => " (unknown)",
+        };
         let hold = if proxy.hold > 0 { format!(" at epoch {}", proxy.hold) } else { String::new() };
-        let route = side(proxy.route);
+        let route = side(state.route(index));
         let (doing, since) = (phase(proxy.phase), proxy.route_epoch);
         lines.push(format!("proxy {}{who} {doing}{hold}, route {route} (epoch {since})", index + 1));
+    }
+    lines.extend(state.cut.map(|cut| format!("proxy {} can not reach {}", cut.proxy + 1, side(cut.side))));
+    if shape.data {
+        lines.extend([Side::Blue, Side::Green].map(|from| replication(state, from)));
     }
     lines.push(format!("controller: {:?}", state.controller.duty).replace(&format!("{:?}", Duty::Idle), "none"));
     lines.extend(open_transaction(state));
     lines
+}
+
+fn replication(state: &State, from: Side) -> String {
+    let link = state.link(from);
+    let to = side(from.other());
+    let attached = if link.attached { "is" } else { "is not" };
+    let slot = if link.slot > 0 { format!(", a slot of epoch {} waits", link.slot) } else { String::new() };
+    let lack = match link.lack {
+        Lack::Nothing => "lacks nothing",
+        Lack::Kept => "lacks what is kept for it",
+        Lack::Gone => "lacks what nobody kept",
+    };
+    format!("{to} {attached} subscribed to {}{slot}; it {lack}", side(from))
 }
 
 fn open_transaction(state: &State) -> Option<String> {

@@ -2,8 +2,10 @@
 //!
 //! Invariant: it is where clients once were, and it obeys nothing but the gate of that server.
 
+use crate::data;
 use crate::rules::Rules;
 use crate::state::Outcome;
+use crate::state::Shape;
 use crate::state::Side;
 use crate::state::State;
 use crate::state::Transaction;
@@ -51,9 +53,12 @@ pub(crate) fn may_write(state: &State, side: Side, rules: Rules) -> bool {
     }
 }
 
-/// Ends whatever it has open.
-pub(crate) fn end(state: &State) -> Option<State> {
+/// Ends whatever it has open; what it wrote is committed.
+pub(crate) fn end(state: &State, shape: Shape) -> Option<State> {
     let mut next = *state;
     next.writer = RESTS;
+    if shape.data && state.writer.transaction == Transaction::Wrote {
+        data::write(&mut next, state.writer.side);
+    }
     (state.writer != RESTS).then_some(next)
 }
