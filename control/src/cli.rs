@@ -37,8 +37,8 @@ enum Verb {
     Preflight,
     /// Every session on the proxies, whether it can be moved, and why not.
     Sessions(commands::sessions::Sessions),
-    /// The steps of a cutover, their order and what happens when one fails.
-    Plan,
+    /// The steps of a cutover, their order and what happens when one fails; with --drift what differs from what is declared.
+    Plan(commands::plan::Plan),
     /// Hold the clients of every proxy.
     Pause(commands::pause::Pause),
     /// Route every proxy to the target, by a recorded decision or by force.
@@ -59,6 +59,8 @@ enum Verb {
     WayBack(commands::way_back::WayBack),
     /// Build the report of a run from its journal.
     Report(commands::report::Report),
+    /// What runs there were: when, by whom, how they ended, how long clients were held.
+    History(commands::history::History),
     /// Our tables and gates in the databases: print, install or remove them.
     Objects(commands::objects::Objects),
     /// Completions for a shell.
@@ -90,7 +92,8 @@ pub async fn run(typed: impl IntoIterator<Item = OsString>) -> Exit {
 async fn perform(cli: Cli, printer: Printer) -> anyhow::Result<Exit> {
     let context = || Ok::<_, ConfigError>(Context { config: Config::load(&cli.config)?, printer });
     match cli.verb {
-        Verb::Plan => commands::plan::run(printer),
+        Verb::Plan(plan) if plan.only_prints() => plan.print(printer),
+        Verb::Plan(plan) => plan.run(&context()?).await,
         Verb::Completions(completions) => completions.run(&mut Cli::command(), printer),
         Verb::Objects(objects) if objects.only_prints() => objects.print(printer),
         Verb::Status => commands::status::run(&context()?).await,
@@ -106,6 +109,7 @@ async fn perform(cli: Cli, printer: Printer) -> anyhow::Result<Exit> {
         Verb::Rollback(rollback) => rollback.run(context()?).await,
         Verb::WayBack(way_back) => way_back.run(&context()?).await,
         Verb::Report(report) => report.run(&context()?),
+        Verb::History(history) => history.run(&context()?),
         Verb::Objects(objects) => objects.run(&context()?).await,
     }
 }

@@ -17,6 +17,7 @@ use crate::state::Ending;
 pub mod abort;
 pub mod completions;
 pub mod cutover;
+pub mod history;
 pub mod objects;
 pub mod pause;
 pub mod plan;

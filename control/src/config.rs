@@ -195,6 +195,10 @@ pub struct Policy {
     pub proxy_role: String,
     /// Whether user-defined types may have other oids on the target: preflight is red otherwise.
     pub accept_oid_change: bool,
+    /// Attempts that `cutover` and `rehearse` make at most; 1 or more.
+    pub attempts: u32,
+    /// How long the second one waits; each further one waits twice as long as the one before.
+    pub back_off: Duration,
 }
 
 /// What is wrong with a configuration.
@@ -261,6 +265,9 @@ fn read(path: &Path, text: &str) -> Checked<Config> {
     root.finish()?;
     check_names(&config)?;
     check_deadlines(&config.budgets)?;
+    if config.policy.attempts == 0 {
+        return Err(wrong("policy.attempts", "must be 1 or more"));
+    }
     Ok(config)
 }
 
@@ -359,6 +366,8 @@ fn policy(section: Option<Section>) -> Checked<Policy> {
         prewarm: 20,
         proxy_role: "pgcutover_proxy".to_owned(),
         accept_oid_change: false,
+        attempts: 1,
+        back_off: Duration::from_secs(5),
     };
     let Some(mut section) = section else { return Ok(default) };
     let policy = Policy {
@@ -366,6 +375,8 @@ fn policy(section: Option<Section>) -> Checked<Policy> {
         prewarm: section.small("prewarm")?.unwrap_or(default.prewarm),
         proxy_role: section.text("proxy_role")?.unwrap_or(default.proxy_role),
         accept_oid_change: section.flag("accept_oid_change")?.unwrap_or(default.accept_oid_change),
+        attempts: section.small("attempts")?.unwrap_or(default.attempts),
+        back_off: section.duration("back_off")?.unwrap_or(default.back_off),
     };
     section.finish()?;
     Ok(policy)
@@ -502,6 +513,7 @@ dsn = "host=127.0.0.1 port=6432 user=admin password=secret dbname=pgcutover"
         assert!(!policy(&with("[policy]\nprewarm = 3\n")).accept_oid_change);
         assert!(policy(&with("[policy]\naccept_oid_change = true\n")).accept_oid_change);
         assert_eq!(error(&with("[policy]\naccept_oid_change = 'yes'\n")).key, "policy.accept_oid_change");
+        assert_eq!(error(&with("[policy]\nattempts = 0\n")).key, "policy.attempts");
     }
 
     #[test]

@@ -38,12 +38,22 @@ pub enum Exit {
     Unfinished,
     /// Undecided: the source could not be reached.
     Undecided,
+    /// What is differs from what is declared.
+    Drift,
 }
 
 impl Exit {
     /// Every one of them, for `--help`.
-    pub const ALL: [Exit; 7] =
-        [Exit::Done, Exit::Unexpected, Exit::Usage, Exit::Refused, Exit::Aborted, Exit::Unfinished, Exit::Undecided];
+    pub const ALL: [Exit; 8] = [
+        Exit::Done,
+        Exit::Unexpected,
+        Exit::Usage,
+        Exit::Refused,
+        Exit::Aborted,
+        Exit::Unfinished,
+        Exit::Undecided,
+        Exit::Drift,
+    ];
 
     /// The number.
     pub fn code(self) -> u8 {
@@ -55,6 +65,7 @@ impl Exit {
             Exit::Aborted => 4,
             Exit::Unfinished => 5,
             Exit::Undecided => 6,
+            Exit::Drift => 7,
         }
     }
 
@@ -68,6 +79,7 @@ impl Exit {
             Exit::Aborted => "aborted; traffic is on the source",
             Exit::Unfinished => "decided, but not finished everywhere; what is missing follows by itself",
             Exit::Undecided => "undecided: the source cannot be reached; proxies hold by their own rules",
+            Exit::Drift => "what is differs from what is declared ('plan --drift')",
         }
     }
 
@@ -178,7 +190,7 @@ mod tests {
 
     #[test]
     fn exit_codes_are_those_of_the_documentation() {
-        assert_eq!(Exit::ALL.map(Exit::code), [0, 1, 2, 3, 4, 5, 6]);
+        assert_eq!(Exit::ALL.map(Exit::code), [0, 1, 2, 3, 4, 5, 6, 7]);
         assert!(Exit::help().contains("  4  aborted; traffic is on the source"));
     }
 }

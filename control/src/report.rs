@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::finding::{Finding, Level};
 use crate::journal::Record;
-use crate::plan::Step;
+use crate::plan::{Goal, Step};
 use crate::report::prediction::Prediction;
 use crate::state::{Began, Decision, Ending, Event, Facts, Phase, State};
 
@@ -39,6 +39,14 @@ pub struct Report {
     pub run: Option<RunId>,
     /// The route name.
     pub database: String,
+    /// What it was for.
+    pub goal: Goal,
+    /// When it began, microseconds since 1970.
+    pub began_at_us: u64,
+    /// Who began it: user, machine, process.
+    pub by: String,
+    /// The digest of its configuration: runs that were asked the same have the same.
+    pub config: String,
     /// Its epoch, if one was opened.
     pub epoch: Option<Epoch>,
     /// How it ended; of a run that broke off, how it stood.
@@ -119,6 +127,7 @@ impl Report {
     /// Folds a journal.
     pub fn fold(journal: &Path, records: &[Record], state: &State) -> Report {
         let mut report = Report::empty(journal, state);
+        report.began_at_us = records.first().map_or(0, |record| record.at_us);
         let last_us = records.last().map_or(0, |record| record.at_us);
         for record in records {
             report.take(record);
@@ -138,6 +147,10 @@ impl Report {
         Report {
             run: None,
             database: String::new(),
+            goal: state.goal,
+            began_at_us: 0,
+            by: String::new(),
+            config: String::new(),
             epoch: state.epoch,
             outcome: standing(state),
             ended: matches!(state.phase, Phase::Ended(_)),
@@ -203,6 +216,8 @@ impl Report {
     fn began(&mut self, began: &Began) {
         self.run = Some(began.run);
         self.database.clone_from(&began.database);
+        self.by.clone_from(&began.by);
+        self.config.clone_from(&began.config);
         self.source.clone_from(&began.source);
         self.target.clone_from(&began.target);
         self.proxies.clone_from(&began.proxies);
@@ -288,6 +303,9 @@ impl fmt::Display for Report {
         let run = self.run.map(|run| run.to_string()).unwrap_or_default();
         writeln!(f, "{}", self.verdict())?;
         writeln!(f, "run {run}, epoch {}", self.epoch.map_or("none".to_owned(), |epoch| epoch.to_string()))?;
+        if !self.by.is_empty() {
+            writeln!(f, "begun by {}, configuration {}", self.by, self.config)?;
+        }
         writeln!(f, "{} {} -> {} {}", self.source, self.source_version, self.target, self.target_version)?;
         if let Some(pause_ms) = self.pause_ms {
             writeln!(f, "clients were held for {pause_ms:.1} ms")?;
@@ -321,7 +339,6 @@ impl fmt::Display for Report {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::plan::Goal;
 
     pub(crate) fn records(events: Vec<Event>) -> Vec<Record> {
         let stamped = events.into_iter().enumerate();
@@ -374,6 +391,7 @@ pub(crate) mod tests {
         let json = serde_json::to_value(fold(committed())).unwrap();
         assert_eq!(json["outcome"], "committed");
         assert_eq!(json["epoch"], 7);
+        assert_eq!((&json["by"], &json["config"]), (&"ops@db1, pid 7".into(), &"3f".into()));
         assert_eq!(json["source_version"], "13.23");
         assert_eq!(json["steps"].as_array().unwrap().len(), Step::ALL.len());
         assert_eq!(json["steps"][11]["name"], "resumed");

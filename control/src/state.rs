@@ -308,6 +308,13 @@ impl State {
         }
     }
 
+    /// The step at which a run came to an end that another attempt may not come to: what moves by itself was in the way. What
+    /// preflight finds has to be mended first.
+    pub fn may_do_better(&self) -> Option<Step> {
+        let ended = matches!(self.phase, Phase::Ended(Ending::Aborted | Ending::Refused)) && !self.is_continued;
+        self.failed.last().copied().filter(|step| ended && *step > Step::Armed)
+    }
+
     fn may_turn(&self) -> bool {
         self.goal == Goal::Rehearsal && self.next_step().is_none() && self.decision.is_none()
     }
@@ -553,6 +560,25 @@ mod tests {
         let state = State::replay(&events).unwrap();
         assert!(state.clone().next(&Event::Ended { ending: Ending::Undecided }).is_err());
         assert!(state.next(&Event::Ended { ending: Ending::Refused }).is_ok());
+    }
+
+    #[test]
+    fn another_attempt_follows_what_may_pass_by_itself() {
+        let failed_at = |step, decided: bool, ending| {
+            let mut events = happy(step);
+            events.pop();
+            events.push(failed(step));
+            if decided {
+                events.push(Event::Decided { outcome: Decision::Abort });
+            }
+            events.push(Event::Ended { ending });
+            State::replay(&events).unwrap().may_do_better()
+        };
+        assert_eq!(failed_at(Step::Armed, false, Ending::Refused), None);
+        assert_eq!(failed_at(Step::Calm, false, Ending::Refused), Some(Step::Calm));
+        assert_eq!(failed_at(Step::Paused, true, Ending::Aborted), Some(Step::Paused));
+        assert_eq!(failed_at(Step::Paused, false, Ending::Undecided), None);
+        assert_eq!(State::replay(&happy(Step::Resumed)).unwrap().may_do_better(), None);
     }
 
     #[test]

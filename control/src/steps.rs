@@ -32,6 +32,7 @@ pub mod switched;
 pub mod resumed;
 pub mod attached;
 pub mod heartbeat;
+pub mod drift;
 pub mod inspection;
 pub mod reverse;
 pub mod install;

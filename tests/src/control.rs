@@ -61,6 +61,16 @@ impl Control {
         self.config.remove("way_back");
     }
 
+    /// For what needs no configuration.
+    ///
+    /// # Errors
+    /// The binaries do not build, or there is no directory.
+    pub fn bare() -> Result<Control> {
+        let dir = RunDir::current()?.subdirectory("control")?;
+        let program = Product::build()?.proxyctl.clone();
+        Ok(Control { config: Table::new(), dir, program, runs: std::sync::atomic::AtomicU32::new(0) })
+    }
+
     /// Where its files are; the journals are in `runs`.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -116,6 +126,11 @@ impl Running {
     /// It is gone.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         self.process.signal(signal)
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.process.exited().is_some()
     }
 
     /// What it has said on stderr so far.

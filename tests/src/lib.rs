@@ -12,6 +12,7 @@
 
 pub mod crossing;
 pub mod shuttle;
+pub mod kills;
 pub mod stage;
 pub mod faults;
 pub mod workload;

@@ -3,16 +3,20 @@
 //! Invariant: whatever happens after the journal is there, a report is printed and written.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
 use pgcutover_api::epoch::RunId;
+use tokio::sync::watch;
 
 use crate::commands::{Context, interrupt, report};
+use crate::config::Config;
 use crate::engine::{Engine, Hooks};
 use crate::journal::{Journal, JournalError};
-use crate::plan::Goal;
-use crate::printer::Exit;
+use crate::plan::{Goal, Step};
+use crate::printer::{Exit, Printer};
+use crate::state::Event;
 use crate::steps::Scene;
 
 /// How.
@@ -24,20 +28,55 @@ pub struct Cutover {
     /// What clients saw, read when the run is over: lines of client,at_us,stall_us.
     #[arg(long, value_name = "FILE")]
     clients: Option<PathBuf>,
+    /// Not more than so many attempts (default: policy.attempts); another one follows an abort or a moment that was not calm.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    attempts: Option<u32>,
     #[command(flatten)]
     hooks: Hooks,
+}
+
+/// Waits between attempts grow up to this: a moment of calm comes within minutes, or somebody has to look.
+const BACK_OFF_MAX: Duration = Duration::from_secs(60);
+
+/// How one attempt ended.
+struct Attempt {
+    exit: Exit,
+    /// Why another one may do better, if it may.
+    again: Option<String>,
 }
 
 impl Cutover {
     /// Cuts over, or rehearses it.
     pub async fn run(self, goal: Goal, context: Context) -> anyhow::Result<Exit> {
         let Context { config, printer } = context;
+        let attempts = self.attempts.unwrap_or(config.policy.attempts);
+        let mut interrupt = interrupt(printer)?;
+        let mut number = 1;
+        loop {
+            let Attempt { exit, again } = self.attempt(goal, &config, printer, interrupt.clone()).await?;
+            let Some(reason) = again.filter(|_| number < attempts && !*interrupt.borrow()) else { return Ok(exit) };
+            let wait = back_off(config.policy.back_off, number);
+            printer.talk(format_args!("attempt {number} of {attempts} {reason}; the next one in {wait:?}"));
+            if tokio::time::timeout(wait, interrupt.wait_for(|wanted| *wanted)).await.is_ok() {
+                return Ok(exit);
+            }
+            number += 1;
+        }
+    }
+
+    async fn attempt(
+        &self,
+        goal: Goal,
+        config: &Config,
+        printer: Printer,
+        interrupt: watch::Receiver<bool>,
+    ) -> anyhow::Result<Attempt> {
         let run = RunId::random();
         let journal = match Journal::create(&config.journal_dir, &config.database, run) {
             Ok(journal) => journal,
             Err(error @ JournalError::Locked { .. }) => {
                 printer.talk(format_args!("proxyctl: {error}"));
-                return Ok(Exit::Refused);
+                return Ok(Attempt { exit: Exit::Refused, again: None });
             }
             Err(error) => return Err(error.into()),
         };
@@ -45,12 +84,38 @@ impl Cutover {
             printer.talk(format_args!("a stale lock: {who} died at work; 'proxyctl resume-run' tells what it left"));
         }
         printer.talk(format_args!("run {run}, journal {}", journal.path().display()));
-        let scene = Scene::new(config, journal, run);
-        let mut engine = Engine::new(scene, goal, printer.progress(), interrupt(printer)?, self.hooks);
+        let scene = Scene::new(config.clone(), journal, run);
+        let mut engine = Engine::new(scene, goal, printer.progress(), interrupt, self.hooks);
         let ended = engine.run().await;
         let Engine { scene, progress, .. } = engine;
         drop(progress);
-        report::tell(printer, &scene.journal, self.report, self.clients.as_deref());
-        Ok(ended.context("the journal could not be written: the run stands as reported")?.into())
+        report::tell(printer, &scene.journal, self.report.clone(), self.clients.as_deref());
+        let exit = ended.context("the journal could not be written: the run stands as reported")?.into();
+        Ok(Attempt { exit, again: scene.journal.state().may_do_better().map(|step| reason(&scene.journal, step)) })
+    }
+}
+
+fn reason(journal: &Journal, step: Step) -> String {
+    let why = |event: &Event| if let Event::Failed { error, .. } = event { Some(error.clone()) } else { None };
+    let why = journal.records().iter().rev().find_map(|record| why(&record.event)).unwrap_or_default();
+    format!("failed at '{step}': {why}")
+}
+
+/// Twice as long after each attempt.
+fn back_off(first: Duration, attempt: u32) -> Duration {
+    first.saturating_mul(2u32.saturating_pow(attempt.saturating_sub(1))).min(BACK_OFF_MAX.max(first))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attempts_are_further_and_further_apart_up_to_a_minute() {
+        let first = Duration::from_secs(5);
+        let waits: Vec<u64> = (1..7).map(|attempt| back_off(first, attempt).as_secs()).collect();
+        assert_eq!(waits, [5, 10, 20, 40, 60, 60]);
+        assert_eq!(back_off(Duration::from_secs(300), 9), Duration::from_secs(300));
+        assert_eq!(back_off(first, u32::MAX), BACK_OFF_MAX);
     }
 }

@@ -6,10 +6,10 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use clap::Args;
-use pgcutover_api::epoch::RunId;
-use pgcutover_api::store::StoreView;
+use pgcutover_api::epoch::{Claim, RunId};
+use pgcutover_api::store::{Outcome, StoreView, Turn};
 
-use crate::clusters::{Cluster, ClusterError, Clusters};
+use crate::clusters::{Cluster, ClusterError, Clusters, DecideError, Role};
 use crate::commands::{Context, interrupt, report};
 use crate::config::Config;
 use crate::engine::{Engine, Hooks};
@@ -73,11 +73,7 @@ impl ResumeRun {
         let (config, survey) = heading(config, self.run).await;
         let found = self.run.or_else(|| survey.open());
         let Some(run) = found.map_or_else(|| broken_off(&config, printer), |run| Ok(Some(run)))? else {
-            printer.talk(format_args!(
-                "proxyctl: nothing to take up: no epoch of {} is open, no run broke off",
-                config.database
-            ));
-            return Ok(Exit::Done);
+            return Ok(nothing(&config, printer, &survey));
         };
         match self.journal(&config, run) {
             Ok(journal) => self.take_up(config, printer, journal, run).await,
@@ -141,6 +137,12 @@ impl ResumeRun {
             printer.talk(format_args!("proxyctl: {error}; proxies hold by their own rules, run this again"));
             return Ok(Exit::Undecided);
         }
+        if let Standing::Older(epoch) = standing
+            && committed(&config, Claim { run, epoch }).await?
+        {
+            printer.talk("it was committed, and the database has moved on since: nothing is left to do for it");
+            return Ok(Exit::Done);
+        }
         // An epoch that opened after all, or a run with a step that could not be taken back, is something left to do.
         if journal.state().is_over() && !journal.records().is_empty() && standing.epoch() == journal.state().epoch {
             printer.talk("nothing is left to do for it");
@@ -156,6 +158,30 @@ impl ResumeRun {
         report::tell(printer, &scene.journal, self.report, None);
         Ok(ended.context("the journal could not be written: the run stands as reported")?.into())
     }
+}
+
+/// No run was named, none is known here.
+fn nothing(config: &Config, printer: Printer, survey: &Survey) -> Exit {
+    match &survey.source {
+        Ok(_) => {
+            let database = &config.database;
+            printer
+                .talk(format_args!("proxyctl: nothing to take up: no epoch of {database} is open, no run broke off"));
+            Exit::Done
+        }
+        Err(error) => {
+            printer
+                .talk(format_args!("proxyctl: {error}: whether an epoch is open is not known; no run broke off here"));
+            Exit::Undecided
+        }
+    }
+}
+
+/// How an epoch ended that newer ones came after: nothing can be decided about it any more, so this only reads.
+async fn committed(config: &Config, claim: Claim) -> Result<bool, DecideError> {
+    let source = Cluster::new(Role::Source, &config.source.endpoint);
+    let turn = Turn { db: config.route.clone(), claim };
+    Ok(source.decide(&turn, Outcome::Abort, STEP_DEADLINE).await? == Outcome::Commit)
 }
 
 /// A commit that was read needs no asking: the source may be away.

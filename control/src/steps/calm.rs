@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::clusters::{BadCell, Cells, ClusterError};
 use crate::finding::Finding;
 use crate::state::Facts;
+use crate::steps::heartbeat::Heartbeat;
 use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, transplanted};
 
 /// How long calm is waited for.
@@ -15,6 +16,8 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(100);
 /// Beats that must have arrived before they predict anything.
 const BEATS: usize = 5;
+/// Beats go ten times a second: this long without one and replication stands.
+const SILENCE_MAX: Duration = Duration::from_secs(1);
 /// Flip, barrier, sequences, checks and decision on two servers nearby, measured: 20 to 60 ms.
 const FIXED: Duration = Duration::from_millis(50);
 
@@ -110,6 +113,13 @@ async fn old_transactions(scene: &Scene, storms: &mut Vec<Finding>) -> Result<i6
 }
 
 fn predicted(scene: &Scene, storms: &mut Vec<Finding>) -> Option<u64> {
+    let silence = scene.heartbeat.as_ref().map(Heartbeat::silence).unwrap_or_default();
+    if silence > SILENCE_MAX {
+        let problem = format!("no heartbeat has arrived on the target for {silence:.1?}");
+        let fix = "replication stands: see the target's log and the subscription; it is looked at again until it moves";
+        storms.push(Finding::red("calm", "heartbeat", problem, fix));
+        return None;
+    }
     let travel = scene.heartbeat.as_ref().and_then(|heartbeat| heartbeat.travel_max(BEATS));
     let budget = scene.config.budgets.stall;
     let Some(travel) = travel else {

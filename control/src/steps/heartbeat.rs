@@ -24,19 +24,27 @@ const REMEMBERED: usize = 30;
 pub struct Heartbeat {
     task: tokio::task::JoinHandle<()>,
     travels: Arc<Mutex<VecDeque<Duration>>>,
+    heard: Arc<Mutex<Instant>>,
 }
 
 impl Heartbeat {
     /// Begins, on connections of its own.
     pub fn start(clusters: &Clusters, database: &Name) -> Heartbeat {
         let travels = Arc::new(Mutex::new(VecDeque::new()));
+        let heard = Arc::new(Mutex::new(Instant::now()));
         let beater = Beater {
             source: clusters.source.another(),
             target: clusters.target.another(),
             database: database.clone(),
             travels: travels.clone(),
+            heard: heard.clone(),
         };
-        Heartbeat { task: tokio::spawn(beater.run()), travels }
+        Heartbeat { task: tokio::spawn(beater.run()), travels, heard }
+    }
+
+    /// How long no beat has arrived; those under way count from here too, so one that is missing shows at once.
+    pub fn silence(&self) -> Duration {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
     }
 
     /// The longest of the last travels, once there are `least`.
@@ -57,6 +65,7 @@ struct Beater {
     target: Cluster,
     database: Name,
     travels: Arc<Mutex<VecDeque<Duration>>>,
+    heard: Arc<Mutex<Instant>>,
 }
 
 impl Beater {
@@ -86,6 +95,7 @@ impl Beater {
         }
         while sent.elapsed() < TRAVEL_MAX {
             if matches!(self.target.heard(&self.database, TRAVEL_MAX).await, Ok(Some(heard)) if heard >= n) {
+                *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
                 return sent.elapsed();
             }
             // reason: the target tells nobody that the beat has arrived; looked at again within TRAVEL_MAX.

@@ -34,6 +34,10 @@ mod faults;
 #[cfg(test)]
 mod resume_run;
 #[cfg(test)]
+mod kills;
+#[cfg(test)]
+mod calm;
+#[cfg(test)]
 mod house;
 #[cfg(test)]
 mod traffic;

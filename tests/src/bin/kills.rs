@@ -1,0 +1,143 @@
+//! `cargo run -p e2e --bin kills`: the kill matrix, every step × {before, after} × every victim, and its table.
+//!
+//! Invariant: a cell that could not be played is a failure; the table holds what happened in this very run.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Parser, ValueEnum};
+use e2e::binaries::Binaries;
+use e2e::control::Control;
+use e2e::kills::{Cell, OUTAGE, Outcome, Victim};
+use e2e::printer::{result, say};
+use futures_util::StreamExt;
+use serde_json::json;
+
+/// Kills proxyctl, a proxy, the source, the target, or one proxy's network before and after every step of a cutover under
+/// load. What died is started again after a second and a half, proxyctl is not; nobody else intervenes. Each cell must end with every proxy on one
+/// side, and a ledger that adds up; the table has the side and the milliseconds from the kill until everybody serves.
+///
+/// Exit codes: 0 every cell ended well; 1 otherwise.
+#[derive(Debug, Parser)]
+#[command(name = "kills")]
+struct Args {
+    /// Only these steps
+    #[arg(long)]
+    step: Vec<String>,
+    /// Only these victims: proxyctl, proxy, source, target, network
+    #[arg(long)]
+    victim: Vec<Victim>,
+    /// Cells at the same time
+    #[arg(long, default_value_t = 2)]
+    jobs: usize,
+    /// Major of the source
+    #[arg(long, default_value_t = 13)]
+    from: u32,
+    /// Major of the target
+    #[arg(long, default_value_t = 17)]
+    to: u32,
+    /// What goes to stdout
+    #[arg(long, value_enum, default_value_t)]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum Output {
+    /// A table in Markdown.
+    #[default]
+    Text,
+    /// One line of JSON.
+    Json,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    match runtime.context("starting the runtime").and_then(|runtime| runtime.block_on(matrix(&args))) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            say(format_args!("kills: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+type Played = (Cell, Result<Outcome, String>);
+
+async fn matrix(args: &Args) -> Result<bool> {
+    let binaries = Binaries::of(&[args.from, args.to])?;
+    let all = steps().await?;
+    let steps: Vec<String> = all.into_iter().filter(|step| args.step.is_empty() || args.step.contains(step)).collect();
+    let victims: Vec<Victim> =
+        Victim::ALL.into_iter().filter(|victim| args.victim.is_empty() || args.victim.contains(victim)).collect();
+    let cells = steps.iter().flat_map(|step| {
+        let victims = &victims;
+        ["before", "after"].into_iter().flat_map(move |moment| {
+            victims.iter().map(move |victim| Cell { step: step.clone(), moment, victim: *victim })
+        })
+    });
+    let plays = cells.map(|cell| {
+        let binaries = &binaries;
+        async move {
+            let played = cell.play(binaries, (args.from, args.to)).await.map_err(|error| format!("{error:#}"));
+            say(told(&cell, &played));
+            (cell, played)
+        }
+    });
+    let mut played: Vec<Played> = Vec::new();
+    let mut plays = futures_util::stream::iter(plays).buffered(args.jobs.max(1));
+    while let Some(cell) = plays.next().await {
+        played.push(cell);
+    }
+    match args.output {
+        Output::Text => result(table(&steps, &victims, &played)),
+        Output::Json => result(json!({ "outage_ms": OUTAGE.as_millis() as u64, "cells": lines(&played) })),
+    }
+    Ok(played.iter().all(|(_, played)| played.is_ok()))
+}
+
+/// The steps, as proxyctl itself tells them.
+async fn steps() -> Result<Vec<String>> {
+    const LIMIT: Duration = Duration::from_secs(20);
+    let plan = Control::bare()?.run(&["plan"], LIMIT).await?.json()?;
+    let steps = plan["steps"].as_array().context("a plan without steps")?;
+    steps.iter().map(|step| Ok(step["name"].as_str().context("a step without a name")?.to_owned())).collect()
+}
+
+fn told(cell: &Cell, played: &Result<Outcome, String>) -> String {
+    match played {
+        Ok(outcome) => {
+            let Outcome { side, service_ms, exit, client_errors, sqlstates, .. } = outcome;
+            let exit = exit.map_or("killed".to_owned(), |exit| format!("exit {exit}"));
+            format!("{cell}: {side} after {service_ms} ms, {exit}, {client_errors} client errors {sqlstates:?}")
+        }
+        Err(error) => format!("{cell}: FAILED: {error}"),
+    }
+}
+
+fn lines(played: &[Played]) -> Vec<serde_json::Value> {
+    let line = |(cell, played): &Played| match played {
+        Ok(outcome) => json!(outcome),
+        Err(error) => json!({ "step": cell.step, "moment": cell.moment, "victim": cell.victim, "failed": error }),
+    };
+    played.iter().map(line).collect()
+}
+
+fn table(steps: &[String], victims: &[Victim], played: &[Played]) -> String {
+    let words: Vec<&str> = victims.iter().map(|victim| victim.word()).collect();
+    let mut lines = vec![format!("| killed | {} |", words.join(" | ")), format!("|---|{}", "---|".repeat(words.len()))];
+    for (step, moment) in steps.iter().flat_map(|step| ["before", "after"].map(|moment| (step, moment))) {
+        let cells = victims.iter().map(|victim| {
+            let here = |(cell, _): &&Played| cell.step == *step && cell.moment == moment && cell.victim == *victim;
+            match played.iter().find(here) {
+                Some((_, Ok(outcome))) => format!("{} {} ms", outcome.side, outcome.service_ms),
+                Some((_, Err(_))) => "FAILED".to_owned(),
+                None => "not played".to_owned(),
+            }
+        });
+        lines.push(format!("| {moment} {step} | {} |", cells.collect::<Vec<_>>().join(" | ")));
+    }
+    lines.join("\n")
+}
