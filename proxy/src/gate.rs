@@ -198,6 +198,13 @@ impl Gate {
         }
     }
 
+    /// One pause takes over from another without the gate opening in between; `None` where that one is over.
+    pub fn succeed(&self, id: PauseId, intent: Intent, now: Instant) -> Option<PauseId> {
+        let shutter = self.lock();
+        let holds = shutter.pause.as_ref().is_some_and(|pause| pause.id == id);
+        holds.then(|| self.put(shutter, intent, now))
+    }
+
     fn put(&self, mut shutter: MutexGuard<'_, Shutter>, intent: Intent, now: Instant) -> PauseId {
         shutter.last += 1;
         let id = PauseId(shutter.last);

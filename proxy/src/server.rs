@@ -54,6 +54,9 @@ pub async fn run(config: Config, mut signals: watch::Receiver<Signal>) -> anyhow
     let page = Page::new(operator.clone());
     // The pages outlive the listeners: a proxy that drains is alive and not ready.
     let pages_over = CancellationToken::new();
+    // Clients wait in the listeners' queues meanwhile.
+    let databases = door.databases.load_full();
+    futures_util::future::join_all(databases.values().map(|database| database.look_first())).await;
     start_tasks(&door, &page, &pages_over).await?;
     for listener in listeners {
         let reception =

@@ -16,6 +16,7 @@ use crate::database::link::Silence;
 use crate::database::verdict::{Verdict, verdict};
 use crate::gate::Pause;
 use crate::relay::ShutSignal;
+use crate::route::Active;
 
 /// How often a proxy reads the store of its active backend.
 const LOOK: Duration = Duration::from_secs(1);
@@ -72,6 +73,9 @@ impl Database {
                 // Without a store nothing is armed, and the control login works all the same.
                 let answers = silence.is_unarmed();
                 self.note_answer(answers, &silence);
+                if !answers {
+                    self.look_elsewhere(&active).await;
+                }
                 return;
             }
         };
@@ -90,11 +94,48 @@ impl Database {
             Verdict::Follow(commit) => self.follow_or_log(&commit).await,
             Verdict::Resume => {
                 if let Some(pause) = pause {
-                    self.open(&pause);
+                    self.resume_on_source(&pause, &verdict(active.epoch, None, &view)).await;
                 }
             }
         }
         self.enrol_member().await;
+    }
+
+    /// R9, before the first client is served: whatever was decided while this proxy was not there. A store that is silent
+    /// keeps nobody waiting for longer than one answer may take, or two where another backend is asked.
+    pub async fn look_first(self: &Arc<Self>) {
+        if self.route_name().is_ok() {
+            self.look().await;
+        }
+    }
+
+    /// R9 where the active backend is silent: the evidence of a newer commit is on its target.
+    async fn look_elsewhere(self: &Arc<Self>, active: &Active) {
+        for (backend, _) in self.backends() {
+            if backend == *active.backend {
+                continue;
+            }
+            let commit = self.view(&backend).await.ok().and_then(|view| view.last_commit);
+            if let Some(commit) = commit.filter(|commit| commit.epoch > active.epoch && commit.target == backend) {
+                return self.follow_or_log(&commit).await;
+            }
+        }
+    }
+
+    /// After a read abort, and a look since that came to `then`: what was aborted need not be the last epoch.
+    async fn resume_on_source(self: &Arc<Self>, pause: &Pause, then: &Verdict) {
+        match then {
+            Verdict::Follow(commit) => self.follow_or_log(commit).await,
+            Verdict::Hold(open) => {
+                let claim = Claim { run: open.run, epoch: open.epoch };
+                tracing::warn!(database = %self.name(), %claim, "a newer epoch is open: holding on for it");
+                // Over already: whoever ended it has the last word.
+                let _ = self.site.gate.succeed(pause.id, self.own_hold(claim, &open.target), Instant::now());
+            }
+            Verdict::Rest | Verdict::Resume => {
+                self.open(pause);
+            }
+        }
     }
 
     fn note_answer(&self, answers: bool, silence: &Silence) {
@@ -139,14 +180,15 @@ impl Database {
             return Settled::Yes;
         };
         match self.outcome_of(epoch).await {
-            Some(Outcome::Abort) => {
+            Some(Decided::Abort) => {
+                // R9: nobody is served by what was decided alone; a newer epoch may be open, or committed.
+                let active = self.site.route.active();
+                let Ok(view) = self.view(&active.backend).await else { return Settled::No };
                 tracing::warn!(database = %self.name(), claim = %epoch.claim, "the lease has ended and the epoch is aborted: resuming on the source");
-                self.open(&pause);
+                self.resume_on_source(&pause, &verdict(active.epoch, None, &view)).await;
                 Settled::Yes
             }
-            Some(Outcome::Commit) => {
-                let Claim { run, epoch: number } = epoch.claim;
-                let commit = Decision { epoch: number, run, outcome: Outcome::Commit, target: epoch.target.clone() };
+            Some(Decided::Commit(commit)) => {
                 self.follow_or_log(&commit).await;
                 if self.site.gate.is_shut() { Settled::No } else { Settled::Yes }
             }
@@ -154,16 +196,24 @@ impl Database {
         }
     }
 
-    /// decide(abort) on the source; where it is silent, or no longer the same server (R14), evidence on the target.
-    async fn outcome_of(&self, epoch: &EpochPause) -> Option<Outcome> {
+    /// decide(abort) on the source; where it is silent, or no longer the same server (R14), evidence on the target: of that
+    /// epoch, or of a newer one, which is opened only after that was aborted.
+    async fn outcome_of(&self, epoch: &EpochPause) -> Option<Decided> {
+        let Claim { run, epoch: number } = epoch.claim;
         match self.decide_abort(epoch).await {
-            Ok(outcome) => return Some(outcome),
+            Ok(Outcome::Abort) => return Some(Decided::Abort),
+            Ok(Outcome::Commit) => {
+                let target = epoch.target.clone();
+                return Some(Decided::Commit(Decision { epoch: number, run, outcome: Outcome::Commit, target }));
+            }
             Err(silence) => {
                 tracing::warn!(database = %self.name(), claim = %epoch.claim, %silence, "the epoch can't be decided: holding");
             }
         }
         let evidence = self.view(&epoch.target).await.ok()?.last_commit?;
-        (evidence.epoch == epoch.claim.epoch && evidence.run == epoch.claim.run).then_some(Outcome::Commit)
+        let is_ours = evidence.epoch == number && evidence.run == run;
+        let is_newer = evidence.epoch > number && evidence.target == epoch.target;
+        (is_ours || is_newer).then_some(Decided::Commit(evidence))
     }
 
     async fn decide_abort(&self, epoch: &EpochPause) -> Result<Outcome, Silence> {
@@ -174,6 +224,14 @@ impl Database {
         }
         self.decide(&epoch.source, &self.turn(epoch.claim)?, Outcome::Abort).await
     }
+}
+
+/// How an epoch ended, as far as it concerns who holds for it.
+enum Decided {
+    /// Aborted.
+    Abort,
+    /// Committed, or aborted before this one was.
+    Commit(Decision),
 }
 
 /// Whether an ended lease has found its end.

@@ -86,6 +86,7 @@ async fn a_proxy_that_restarts_with_a_stale_route_follows() {
     let turn = stand.open().await;
     decide(&stand, &turn, Outcome::Commit).await;
     stand.kill_and_restart().await;
+    assert_eq!(stand.client().await.number(WHERE).await.unwrap(), stand.port(1), "it looks before it serves anybody");
     on_green(&stand, &turn).await;
     stand.kill_and_restart().await;
     assert_eq!(stand.client().await.number(WHERE).await.unwrap(), stand.port(1), "and it has been written down");
@@ -183,6 +184,55 @@ async fn evidence_on_the_target_counts_when_the_source_is_gone() {
     relay.shut();
     decide(&stand, &turn, Outcome::Commit).await;
     stand.green().witness(&turn, &Name::new(TARGET).unwrap(), LIMIT).await.unwrap();
+    on_green(&stand, &turn).await;
+    relay.cut(Cut::Reset);
+}
+
+/// It was cut off while one epoch was aborted and the next one committed.
+#[tokio::test]
+async fn who_missed_an_abort_follows_the_commit_that_came_after_it() {
+    let (stand, relay) = behind_a_relay().await;
+    let missed = stand.open().await;
+    stand.ask(&pause(&missed)).await;
+    relay.shut();
+    decide(&stand, &missed, Outcome::Abort).await;
+    let turn = stand.open().await;
+    decide(&stand, &turn, Outcome::Commit).await;
+    stand.green().witness(&turn, &Name::new(TARGET).unwrap(), LIMIT).await.unwrap();
+    on_green(&stand, &turn).await;
+    relay.cut(Cut::Reset);
+}
+
+/// R9: an abort is not the last word where a newer epoch is open; no client is served in between.
+#[tokio::test]
+async fn who_learns_of_an_abort_late_holds_on_for_the_epoch_after_it() {
+    let (stand, relay) = behind_a_relay().await;
+    let missed = stand.open().await;
+    stand.ask(&pause(&missed)).await;
+    relay.shut();
+    decide(&stand, &missed, Outcome::Abort).await;
+    let turn = stand.open().await;
+    let held = sent(stand.client().await, WHERE);
+    stand.gate_says("held_clients", "1").await;
+    relay.reopen();
+    stand.gate_says("run", &turn.claim.run.to_string()).await;
+    assert!(!held.is_finished(), "nobody is served between two epochs");
+    decide(&stand, &turn, Outcome::Commit).await;
+    assert_eq!(answered(held).await.unwrap()[0].get(0), Some(stand.port(1).to_string().as_str()));
+    on_green(&stand, &turn).await;
+}
+
+/// A proxy that was not there when its database moved, and finds the old server gone.
+#[tokio::test]
+async fn who_starts_with_a_stale_route_and_no_source_finds_the_evidence() {
+    let (mut stand, relay) = behind_a_relay().await;
+    stand.client().await.run("SELECT 1").await.unwrap();
+    stand.proxy.kill9();
+    let turn = stand.open().await;
+    decide(&stand, &turn, Outcome::Commit).await;
+    stand.green().witness(&turn, &Name::new(TARGET).unwrap(), LIMIT).await.unwrap();
+    relay.shut();
+    stand.kill_and_restart().await;
     on_green(&stand, &turn).await;
     relay.cut(Cut::Reset);
 }
