@@ -9,9 +9,11 @@ use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+use crate::clusters::{Cluster, Role};
 use crate::config::Config;
 use crate::printer::{Exit, Printer};
-use crate::proxies::ProxyError;
+use crate::proxies::{Fleet, ProxyError};
+use crate::roster;
 use crate::state::Ending;
 
 pub mod abort;
@@ -65,6 +67,14 @@ fn interrupt(printer: Printer) -> std::io::Result<watch::Receiver<bool>> {
         }
     });
     Ok(watch)
+}
+
+impl Context {
+    /// Every proxy that can be had, and who can't.
+    pub async fn fleet(&self) -> (Fleet, Vec<ProxyError>) {
+        let source = Cluster::new(Role::Source, &self.config.source.endpoint);
+        roster::assemble_some(&self.config, &source).await
+    }
 }
 
 /// Whose pause is meant.

@@ -3,6 +3,7 @@
 //! Invariant: a `Config` has been checked; whoever holds one checks nothing again. An error names file, key and reason,
 //! and where a key was mistyped the nearest known one.
 
+pub mod members;
 mod section;
 mod way_back;
 
@@ -15,6 +16,7 @@ use pgcutover_api::command::OnTimeout;
 use pgcutover_api::store::Name;
 use toml::Table;
 
+use crate::config::members::{ProxyEntry, UNLISTED, Unlisted};
 use crate::config::section::{Checked, Section, Wrong, with_source, wrong};
 
 pub use crate::config::way_back::WayBack;
@@ -37,8 +39,8 @@ pub struct Config {
     pub source: Side,
     /// The server that gains them.
     pub target: Side,
-    /// Every proxy that serves the database.
-    pub proxies: Vec<ProxyAddress>,
+    /// Every proxy that serves the database, or where to find it.
+    pub proxies: Vec<ProxyEntry>,
     /// How changes get from source to target.
     pub replication: Replication,
     /// Deadlines and limits.
@@ -60,15 +62,6 @@ pub struct Side {
     pub endpoint: Endpoint,
     /// How the other server reaches it, where that is another way; libpq's words.
     replication_dsn: Option<String>,
-}
-
-/// The admin console of one proxy.
-#[derive(Debug, Clone)]
-pub struct ProxyAddress {
-    /// The name reports use.
-    pub name: String,
-    /// How to reach its console.
-    pub endpoint: Endpoint,
 }
 
 /// A connection string and how TLS is to be used on it.
@@ -199,6 +192,8 @@ pub struct Policy {
     pub attempts: u32,
     /// How long the second one waits; each further one waits twice as long as the one before.
     pub back_off: Duration,
+    /// What becomes of proxies that nobody listed.
+    pub unlisted: Unlisted,
 }
 
 /// What is wrong with a configuration.
@@ -255,7 +250,7 @@ fn read(path: &Path, text: &str) -> Checked<Config> {
             root.section("source")?.ok_or_else(|| wrong("source", "is missing: the server to move away from"))?,
         )?,
         target: side(root.section("target")?.ok_or_else(|| wrong("target", "is missing: the server to move to"))?)?,
-        proxies: proxies(root.sections("proxies")?)?,
+        proxies: members::proxies(root.sections("proxies")?)?,
         replication: replication(root.section("replication")?)?,
         budgets: budgets(root.section("budgets")?)?,
         sequences: sequences(root.section("sequences")?)?,
@@ -279,16 +274,6 @@ fn side(mut section: Section) -> Checked<Side> {
     };
     section.finish()?;
     Ok(side)
-}
-
-fn proxies(sections: Vec<Section>) -> Checked<Vec<ProxyAddress>> {
-    let mut proxies = Vec::new();
-    for mut section in sections {
-        proxies
-            .push(ProxyAddress { name: section.required("name", Section::text)?, endpoint: endpoint(&mut section)? });
-        section.finish()?;
-    }
-    Ok(proxies)
 }
 
 fn endpoint(section: &mut Section) -> Checked<Endpoint> {
@@ -368,6 +353,7 @@ fn policy(section: Option<Section>) -> Checked<Policy> {
         accept_oid_change: false,
         attempts: 1,
         back_off: Duration::from_secs(5),
+        unlisted: Unlisted::Refuse,
     };
     let Some(mut section) = section else { return Ok(default) };
     let policy = Policy {
@@ -377,6 +363,7 @@ fn policy(section: Option<Section>) -> Checked<Policy> {
         accept_oid_change: section.flag("accept_oid_change")?.unwrap_or(default.accept_oid_change),
         attempts: section.small("attempts")?.unwrap_or(default.attempts),
         back_off: section.duration("back_off")?.unwrap_or(default.back_off),
+        unlisted: section.choice("unlisted", UNLISTED)?.unwrap_or(default.unlisted),
     };
     section.finish()?;
     Ok(policy)
@@ -394,11 +381,6 @@ fn check_names(config: &Config) -> Checked<()> {
     }
     if config.proxies.is_empty() {
         return Err(wrong("proxies", "is missing: name every proxy that serves the database in a [[proxies]] table"));
-    }
-    for (at, proxy) in config.proxies.iter().enumerate() {
-        if config.proxies.iter().skip(at + 1).any(|other| other.name == proxy.name) {
-            return Err(wrong("proxies.name", format!("'{}' names two proxies", proxy.name)));
-        }
     }
     Ok(())
 }
@@ -460,6 +442,7 @@ impl Budgets {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::members::Find;
 
     const LEAST: &str = r#"
 database = "app"
@@ -556,6 +539,24 @@ dsn = "host=127.0.0.1 port=6432 user=admin password=secret dbname=pgcutover"
         assert_eq!(error(&twice).key, "proxies.name");
         let none = LEAST.split("[[proxies]]").next().unwrap();
         assert_eq!(error(none).key, "proxies");
+    }
+
+    #[test]
+    fn proxies_are_found_by_name_or_among_the_members_only_where_the_dsn_allows_it() {
+        let entry = |find: &str, dsn: &str| {
+            let text = with(&format!("[[proxies]]\nname = \"p2\"\nfind = \"{find}\"\ndsn = \"user=admin {dsn}\"\n"));
+            Config::parse(Path::new("cutover.toml"), &text)
+                .map(|config| config.proxies[1].find)
+                .map_err(|error| error.key)
+        };
+        assert_eq!(entry("dns", "host=proxies.internal"), Ok(Find::Dns));
+        assert_eq!(entry("members", "password=secret"), Ok(Find::Members));
+        let refused = Err("proxies.dsn".to_owned());
+        assert_eq!(entry("dns", "host=/run/socket"), refused);
+        assert_eq!(entry("dns", "host=a,b"), refused);
+        assert_eq!(entry("members", "host=proxies.internal"), refused);
+        assert_eq!(entry("members", "port=6432"), refused);
+        assert_eq!(entry("srv", "host=h"), Err("proxies.find".to_owned()));
     }
 
     #[test]

@@ -2,8 +2,9 @@
 //!
 //! # Life of a cutover
 //! [`cli`] reads what was typed, [`commands`] picks the work, [`engine`] walks the steps of [`plan`]: the intent goes to the
-//! [`journal`], the step of [`steps`] acts on [`clusters`] and [`proxies`], the outcome goes to the journal; [`state`] says
-//! which event may follow which; [`standing`] says what the store knows of a run that broke off. Before the decision every failure ends with `decide(abort)` and traffic on the source;
+//! [`journal`], the step of [`steps`] acts on [`clusters`] and [`proxies`] (whoever the [`roster`] finds), the outcome goes to
+//! the journal; [`state`] says which event may follow which; [`standing`] says what the store knows of a run that broke off.
+//! Before the decision every failure ends with `decide(abort)` and traffic on the source;
 //! after it everything goes forward. [`report`] is folded from the journal alone.
 //!
 //! Invariant: the list below is the order of the layers; a module uses only modules below it.
@@ -18,6 +19,7 @@ pub mod journal;
 pub mod standing;
 pub mod state;
 pub mod plan;
+pub mod roster;
 pub mod clusters;
 pub mod proxies;
 pub mod dial;

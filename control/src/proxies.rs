@@ -1,14 +1,24 @@
 //! The admin consoles of the proxies: orders, tables, and leases that are kept alive.
 //!
+//! # What a fleet promises
+//! Prewarm, pause and transplant are done by all or count as done by none; an ordered pause ends with the first proxy that
+//! did not make it, so that the others' clients wait for it no longer than it takes to fail. Switch and resume come after a
+//! decision, which every proxy finds by itself: one that does not answer is named, and nobody waits for it.
+//!
+//! What a dead proxy costs: before the pause a refusal; in the pause an abort, at most [`SHOW_DEADLINE`] after it fell silent
+//! or at the next refused RENEW; after the decision nothing to the clients of the others. What ends it: it is started again
+//! (and follows the store), or it is taken out of the configuration.
+//!
 //! Invariant: every order is bounded; what all of them must do counts only when all of them did it. A lease is renewed on
 //! a connection of its own, because PAUSE keeps the other one waiting.
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use pgcutover_api::command::{Command, Renew, Scope, Show, Table};
 use pgcutover_api::epoch::{Claim, Epoch, Lease};
 use pgcutover_api::rows::{BackendRow, BlockerRow, GateRow, Row, SessionRow, SwitchRow};
@@ -16,7 +26,7 @@ use tokio::sync::{Mutex, watch};
 use tokio::task::JoinSet;
 use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
 
-use crate::config::ProxyAddress;
+use crate::config::Endpoint;
 use crate::dial;
 
 /// A table of a console is answered from memory; one that takes longer comes from a proxy in trouble.
@@ -54,19 +64,64 @@ impl fmt::Display for ProxyErrors {
 
 impl std::error::Error for ProxyErrors {}
 
+/// Where one proxy's console is.
+#[derive(Debug, Clone)]
+pub struct ProxyAddress {
+    /// The name reports use.
+    pub name: String,
+    /// How to reach it.
+    pub endpoint: Endpoint,
+    /// How it was found.
+    pub origin: Origin,
+}
+
+/// How a proxy was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// By its address in the configuration.
+    Listed,
+    /// By a name that answers with its address.
+    Dns {
+        /// The name.
+        host: String,
+    },
+    /// By what it enrolled in the store.
+    Enrolled {
+        /// Its instance name there.
+        instance: String,
+    },
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Origin::Listed => f.write_str("listed"),
+            Origin::Dns { host } => write!(f, "found by the name {host}"),
+            Origin::Enrolled { instance } => write!(f, "enrolled as {instance}"),
+        }
+    }
+}
+
 /// One proxy's console.
 pub struct Proxy {
     address: ProxyAddress,
+    /// Its own name for itself; empty if it did not say.
+    instance: String,
+    /// When it last answered.
+    heard: std::sync::Mutex<Instant>,
     orders: Client,
     /// For RENEW, and for whatever must not wait behind a PAUSE.
     aside: Mutex<Arc<Client>>,
 }
 
 impl Proxy {
-    /// Logs in twice.
+    /// Logs in twice, and asks for its name.
     pub async fn connect(address: &ProxyAddress) -> Result<Proxy, ProxyError> {
         let (orders, aside) = tokio::try_join!(console(address), console(address))?;
-        Ok(Proxy { address: address.clone(), orders, aside: Mutex::new(Arc::new(aside)) })
+        let (heard, aside) = (std::sync::Mutex::new(Instant::now()), Mutex::new(Arc::new(aside)));
+        let mut proxy = Proxy { address: address.clone(), instance: String::new(), heard, orders, aside };
+        proxy.instance = proxy.setting("instance").await?.unwrap_or_default();
+        Ok(proxy)
     }
 
     /// The name in the configuration.
@@ -74,9 +129,34 @@ impl Proxy {
         &self.address.name
     }
 
+    /// Its own name for itself; empty if it does not say.
+    pub fn instance(&self) -> &str {
+        &self.instance
+    }
+
+    /// How it was found.
+    pub fn origin(&self) -> &Origin {
+        &self.address.origin
+    }
+
     /// Gives an order on the connection for orders.
     pub async fn order(&self, command: &Command, limit: Duration) -> Result<Vec<SimpleQueryRow>, ProxyError> {
-        send(self.name(), &self.orders, command, limit).await
+        self.heard(send(self.name(), &self.orders, command, limit).await)
+    }
+
+    /// Whoever does not answer is told with when it last did.
+    fn heard<T>(&self, answer: Result<T, ProxyError>) -> Result<T, ProxyError> {
+        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        match answer {
+            Err(error) if !error.answered() => {
+                let silent_ms = heard.elapsed().as_millis();
+                Err(ProxyError { message: format!("{}; it last answered {silent_ms} ms ago", error.message), ..error })
+            }
+            answer => {
+                *heard = Instant::now();
+                answer
+            }
+        }
     }
 
     /// Gives an order on the other connection, made anew if it is gone.
@@ -84,11 +164,11 @@ impl Proxy {
         let client = {
             let mut aside = self.aside.lock().await;
             if aside.is_closed() {
-                *aside = Arc::new(console(&self.address).await?);
+                *aside = Arc::new(self.heard(console(&self.address).await)?);
             }
             aside.clone()
         };
-        send(self.name(), &client, command, limit).await
+        self.heard(send(self.name(), &client, command, limit).await)
     }
 
     /// The rows of an order's answer.
@@ -230,12 +310,6 @@ impl Fleet {
         Fleet { proxies: Vec::new(), lost: watch::Sender::new(None) }
     }
 
-    /// Logs in everywhere; all or none.
-    pub async fn connect(addresses: &[ProxyAddress]) -> Result<Fleet, ProxyErrors> {
-        let proxies = all(join_all(addresses.iter().map(Proxy::connect)).await)?;
-        Ok(Fleet { proxies: proxies.into_iter().map(Arc::new).collect(), lost: watch::Sender::new(None) })
-    }
-
     /// Logs in where that works; the rest is told.
     pub async fn connect_some(addresses: &[ProxyAddress]) -> (Fleet, Vec<ProxyError>) {
         let (mut proxies, mut errors) = (Vec::new(), Vec::new());
@@ -246,6 +320,30 @@ impl Fleet {
             }
         }
         (Fleet { proxies, lost: watch::Sender::new(None) }, errors)
+    }
+
+    /// Takes the proxies of another fleet in, whose leases nobody has been told of yet.
+    pub fn join(&mut self, other: Fleet) {
+        self.proxies.extend(other.proxies);
+    }
+
+    /// Without those that another proxy answers for at the address where they enrolled.
+    pub fn that_are_who_enrolled(mut self) -> (Fleet, Vec<ProxyError>) {
+        let mut strangers = Vec::new();
+        self.proxies.retain(|proxy| match proxy.origin() {
+            Origin::Enrolled { instance } if instance != proxy.instance() => {
+                let message = format!("'{}' answers where it enrolled", proxy.instance());
+                strangers.push(ProxyError { proxy: proxy.name().to_owned(), sqlstate: None, message });
+                false
+            }
+            Origin::Enrolled { .. } | Origin::Dns { .. } | Origin::Listed => true,
+        });
+        (self, strangers)
+    }
+
+    /// Whether one of them calls itself that.
+    pub fn has_instance(&self, instance: &str) -> bool {
+        self.proxies.iter().any(|proxy| proxy.instance() == instance)
     }
 
     /// Tells when a lease is lost.
@@ -274,6 +372,19 @@ impl Fleet {
     {
         let answers = self.each(ask).await;
         all(answers.into_iter().map(|(name, answer)| answer.map(|answer| (name, answer))).collect())
+    }
+
+    /// Asks every proxy at the same time; ends with the first that does not do it, and leaves the others at it.
+    pub async fn all_or_first<'a, T, F>(&'a self, ask: impl Fn(&'a Proxy) -> F) -> Result<Vec<T>, ProxyErrors>
+    where
+        F: Future<Output = Result<T, ProxyError>>,
+    {
+        let mut answers: FuturesUnordered<F> = self.proxies.iter().map(|proxy| ask(proxy)).collect();
+        let mut done = Vec::new();
+        while let Some(answer) = answers.next().await {
+            done.push(answer.map_err(|error| ProxyErrors(vec![error]))?);
+        }
+        Ok(done)
     }
 
     /// The largest epoch any of them routes by or is paused at.

@@ -5,6 +5,7 @@
 //! [`PauseId`], opens the gate. No clock and no IO here; time comes from the caller.
 
 use std::collections::HashSet;
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -23,6 +24,8 @@ pub struct Gate {
     word: AtomicU64,
     /// Clients waiting in [`Gate::enter`].
     held: AtomicU32,
+    /// The turn of the next client that has to wait.
+    turns: AtomicU64,
     pause: Mutex<Shutter>,
     /// Wakes held clients, in the order in which they came.
     opened: Notify,
@@ -44,6 +47,8 @@ struct Shutter {
 #[derive(Debug)]
 pub struct Pass {
     gate: Arc<Gate>,
+    /// The place in the order in which clients came to a shut gate; `None` if this one found it open.
+    pub turn: Option<NonZeroU64>,
 }
 
 impl Drop for Pass {
@@ -129,7 +134,7 @@ impl Gate {
     #[must_use]
     pub fn try_enter(self: &Arc<Self>) -> Option<Pass> {
         if self.word.fetch_add(1, Ordering::AcqRel) & SHUT == 0 {
-            return Some(Pass { gate: Arc::clone(self) });
+            return Some(Pass { gate: Arc::clone(self), turn: None });
         }
         self.leave();
         None
@@ -139,12 +144,14 @@ impl Gate {
     /// hang-up and its cancel. Cancel safe: dropped while waiting it holds nothing.
     pub async fn enter(self: &Arc<Self>, client: u64) -> Pass {
         let _held = Held::new(&self.held);
+        let turn = NonZeroU64::new(self.turns.fetch_add(1, Ordering::Relaxed) + 1);
         loop {
             let opened = self.opened.notified();
             tokio::pin!(opened);
             // Registered before the gate is tried: an opening in between wakes us.
             opened.as_mut().enable();
-            if let Some(pass) = self.try_enter().or_else(|| self.admitted(client)) {
+            if let Some(mut pass) = self.try_enter().or_else(|| self.admitted(client)) {
+                pass.turn = turn;
                 return pass;
             }
             opened.await;
@@ -246,7 +253,8 @@ impl Gate {
         self.moved.notify_waiters();
     }
 
-    /// Opens the gate, if it is still this pause that holds it; held clients go on in the order in which they came.
+    /// Opens the gate, if it is still this pause that holds it; held clients go on in the order in which they came: their
+    /// passes say it, since they are woken on several threads.
     pub fn open(&self, id: PauseId) -> bool {
         let mut shutter = self.lock();
         if shutter.pause.as_ref().map(|pause| pause.id) != Some(id) {
@@ -302,7 +310,7 @@ impl Gate {
             return None;
         }
         self.word.fetch_add(1, Ordering::AcqRel);
-        Some(Pass { gate: Arc::clone(self) })
+        Some(Pass { gate: Arc::clone(self), turn: None })
     }
 
     fn leave(&self) {

@@ -1,7 +1,8 @@
 //! Server connections of one user of one database: who has one, who waits for one, how many there may be.
 //!
 //! Invariant: a connection is leased only for a [`Pass`]; it comes back only at rest, of the present generation, and
-//! with no cancel on its way to it. The size is exact over all workers. Waiters are served in order, except that a
+//! with no cancel on its way to it. The size is exact over all workers. Waiters are served in order, those that a pause
+//! held before all others and in the order in which they came to the gate, so that its end is no stampede; except that a
 //! waiter on the releasing worker may overtake a bounded number of tickets, which saves a wake-up across threads.
 
 mod connection;
@@ -9,6 +10,7 @@ mod errand;
 mod leaving;
 mod limits;
 mod prewarm;
+mod refusal;
 
 pub use connection::{Place, Pooled};
 pub use errand::{Errand, Errands, Probed, Successor};
@@ -17,6 +19,7 @@ pub use limits::Tally;
 pub use prewarm::{Prewarmed, Verdict};
 
 use std::collections::{BTreeMap, VecDeque};
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -26,20 +29,24 @@ use tokio::sync::oneshot;
 use tokio_util::task::TaskTracker;
 
 use crate::backend;
-use crate::backend::{ConnectError, ConnectFailure, Login};
+use crate::backend::{ConnectError, Login};
 use crate::client::Server;
 use crate::config::Config;
 use crate::gate::{Gate, Pass};
 use crate::metrics::Events;
 use crate::parameters::{Reported, Settings};
+use crate::pool::refusal::{no_server, refused};
 use crate::relay::ShutSignal;
-use crate::report::{Report, SqlState};
+use crate::report::Report;
 use crate::route::{Active, Route};
 use crate::statements::{Cache, Shelf};
 use crate::tracker::Tracker;
 
 /// How many tickets a waiter on the releasing worker may overtake, as a multiple of the pool's size.
 const OVERTAKE_POOL_SIZES: u64 = 4;
+
+/// Tickets below this are turns of clients that a pause has held.
+const NEWCOMERS: u64 = 1 << 62;
 
 /// Where housekeeping runs.
 const MAIN_THREAD: usize = 0;
@@ -206,7 +213,7 @@ impl Pool {
         if let Some(pooled) = self.take_idle(worker) {
             return Ok(Lease { pooled, pool: Arc::clone(self), pass });
         }
-        let pooled = self.wait(worker).await?;
+        let pooled = self.wait(worker, pass.turn).await?;
         let pooled = rehomed(pooled, worker).ok_or_else(|| refused(Report::server_connection_lost()))?;
         Ok(Lease { pooled, pool: Arc::clone(self), pass })
     }
@@ -230,8 +237,8 @@ impl Pool {
         }
     }
 
-    async fn wait(self: &Arc<Self>, worker: usize) -> Result<Box<Pooled>, NoServer> {
-        let (hold, refuse) = self.queue(worker);
+    async fn wait(self: &Arc<Self>, worker: usize, turn: Option<NonZeroU64>) -> Result<Box<Pooled>, NoServer> {
+        let (hold, refuse) = self.queue(worker, turn);
         // Looked at after the waiter stands in the queue: a pause either finds it there or is seen here.
         if self.site.gate.is_shut() {
             self.send_back_waiters();
@@ -255,14 +262,20 @@ impl Pool {
         }
     }
 
-    /// Takes a place at the end of the queue.
-    fn queue(&self, worker: usize) -> (oneshot::Receiver<Box<Pooled>>, Arc<Mutex<Option<Report>>>) {
+    /// Takes a place in the queue: at its end, or where the client's turn at the gate puts it.
+    fn queue(
+        &self,
+        worker: usize,
+        turn: Option<NonZeroU64>,
+    ) -> (oneshot::Receiver<Box<Pooled>>, Arc<Mutex<Option<Report>>>) {
         let (hand, hold) = oneshot::channel();
         let refuse = Arc::new(Mutex::new(None));
         let mut inner = self.lock();
         inner.next_ticket += 1;
-        let ticket = inner.next_ticket;
-        inner.waiters.push_back(Waiter { ticket, worker, since: Instant::now(), hand, refuse: Arc::clone(&refuse) });
+        let ticket = turn.map_or(NEWCOMERS + inner.next_ticket, NonZeroU64::get);
+        let place = inner.waiters.partition_point(|waiter| waiter.ticket <= ticket);
+        let waiter = Waiter { ticket, worker, since: Instant::now(), hand, refuse: Arc::clone(&refuse) };
+        inner.waiters.insert(place, waiter);
         (hold, refuse)
     }
 
@@ -561,32 +574,6 @@ fn rehomed(pooled: Box<Pooled>, worker: usize) -> Option<Box<Pooled>> {
     pooled.server.stream = pooled.server.stream.rehome().ok()?;
     pooled.home = worker;
     Some(Box::new(pooled))
-}
-
-/// What a client is told: the server's own refusal if it refused the user, what we lack to log in as the user, else
-/// only that there is no server.
-fn no_server(database: &str, error: &ConnectError) -> Report {
-    match (error.failure, error.sqlstate) {
-        (ConnectFailure::Refused, Some(sqlstate)) => Report::fatal(sqlstate, error.message.clone(), error.blame),
-        (ConnectFailure::Refused, None) => {
-            let message = format!("the proxy can't log in for this user: {}", error.message);
-            Report::fatal(SqlState::INVALID_AUTHORIZATION, message, error.blame).with_hint(
-                "Give the user a password that this server takes (auth_file), or let the server trust the proxy.",
-            )
-        }
-        (
-            ConnectFailure::Network
-            | ConnectFailure::Tls
-            | ConnectFailure::Unavailable
-            | ConnectFailure::Protocol
-            | ConnectFailure::Timeout,
-            _,
-        ) => Report::server_unavailable(database.as_bytes()),
-    }
-}
-
-fn refused(report: Report) -> NoServer {
-    NoServer::Refused(Box::new(report))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

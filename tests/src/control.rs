@@ -15,7 +15,7 @@ use toml::{Table, Value};
 use crate::pair::{DATABASE, PGCUTOVER, Pair, SOURCE, TARGET, password};
 use crate::process::Process;
 use crate::product::Product;
-use crate::proxy::Proxy;
+use crate::proxy::{Proxy, with_own_hosts_file};
 use crate::run_dir::RunDir;
 
 /// A configuration and the directory of its journals.
@@ -23,6 +23,8 @@ use crate::run_dir::RunDir;
 pub struct Control {
     /// The whole file; written before each run.
     pub config: Table,
+    /// Stands in for /etc/hosts, for proxyctl alone; needs [`own_hosts_file_is_possible`](crate::proxy::own_hosts_file_is_possible).
+    pub hosts: Option<PathBuf>,
     dir: PathBuf,
     program: PathBuf,
     runs: std::sync::atomic::AtomicU32,
@@ -53,7 +55,7 @@ impl Control {
         config.insert("way_back".to_owned(), Value::Table(Table::from_iter([("enabled".to_owned(), false.into())])));
         fs::create_dir_all(dir.join("runs"))?;
         let program = Product::build()?.proxyctl.clone();
-        Ok(Control { config, dir, program, runs: std::sync::atomic::AtomicU32::new(0) })
+        Ok(Control { config, hosts: None, dir, program, runs: std::sync::atomic::AtomicU32::new(0) })
     }
 
     /// Prepares and attaches the way back, as it is by default.
@@ -68,7 +70,7 @@ impl Control {
     pub fn bare() -> Result<Control> {
         let dir = RunDir::current()?.subdirectory("control")?;
         let program = Product::build()?.proxyctl.clone();
-        Ok(Control { config: Table::new(), dir, program, runs: std::sync::atomic::AtomicU32::new(0) })
+        Ok(Control { config: Table::new(), hosts: None, dir, program, runs: std::sync::atomic::AtomicU32::new(0) })
     }
 
     /// Where its files are; the journals are in `runs`.
@@ -85,7 +87,10 @@ impl Control {
         fs::write(&config, toml::to_string(&self.config)?)?;
         let n = self.runs.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let [stdout, stderr] = ["stdout", "stderr"].map(|stream| self.dir.join(format!("{n}.{stream}")));
-        let mut command = Command::new(&self.program);
+        let mut command = match &self.hosts {
+            None => Command::new(&self.program),
+            Some(hosts) => with_own_hosts_file(hosts, &self.program),
+        };
         command.arg("-c").arg(config).args(["--output", "json"]).args(args).current_dir(&self.dir);
         command.stdin(std::process::Stdio::null()).stdout(File::create(&stdout)?).stderr(File::create(&stderr)?);
         std::os::unix::process::CommandExt::process_group(&mut command, 0);

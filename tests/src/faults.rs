@@ -3,6 +3,7 @@
 //! Invariant: without a fault it passes every byte on unchanged and in order; a fault changes no byte either, it only
 //! withholds, delays or cuts.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -88,7 +89,15 @@ impl FaultProxy {
     /// # Errors
     /// No port is free.
     pub async fn start(upstream: u16) -> Result<FaultProxy> {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await.context("a port for the fault proxy")?;
+        FaultProxy::at(SocketAddr::from(([127, 0, 0, 1], 0)), upstream).await
+    }
+
+    /// Listens there for `upstream` on this machine: a second address of a name.
+    ///
+    /// # Errors
+    /// The address is in use.
+    pub async fn at(address: SocketAddr, upstream: u16) -> Result<FaultProxy> {
+        let listener = TcpListener::bind(address).await.context("a port for the fault proxy")?;
         let port = listener.local_addr()?.port();
         let (orders, heard) = watch::channel(Orders::default());
         let end = CancellationToken::new();

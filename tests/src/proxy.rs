@@ -136,13 +136,13 @@ fn table<'a>(parent: &'a mut Table, name: &str) -> &'a mut Table {
 }
 
 /// Runs a program in a mount namespace of its own, where `hosts` lies over /etc/hosts. It keeps the process' id.
-fn with_own_hosts_file(hosts: &Path, program: &Path) -> Command {
+pub(crate) fn with_own_hosts_file(hosts: &Path, program: &Path) -> Command {
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-c", "mount --bind \"$0\" /etc/hosts && exec \"$@\""]).arg(hosts).arg(program);
     command
 }
 
-/// Whether a proxy can be given a hosts file: that takes root.
+/// Whether a process can be given a hosts file: that takes root.
 pub fn own_hosts_file_is_possible() -> bool {
     let tried = with_own_hosts_file(Path::new("/etc/hosts"), Path::new("true")).output();
     tried.is_ok_and(|tried| tried.status.success())

@@ -13,7 +13,8 @@ use serde::Serialize;
 use crate::clusters::{Cluster, ClusterError, Role};
 use crate::commands::{Answers, Context};
 use crate::printer::Exit;
-use crate::proxies::{Fleet, SHOW_DEADLINE};
+use crate::proxies::SHOW_DEADLINE;
+use crate::roster;
 use crate::state::Decision;
 use crate::steps::{STEP_DEADLINE, decided};
 
@@ -95,7 +96,7 @@ async fn land(context: &Context, source: &Cluster, turn: &Turn, result: &mut Abo
     let database = context.config.database.clone();
     let resume = Command::ResumeWith(ResumeWith { database, warrant: Warrant::Claim(turn.claim) });
     let proxies = async {
-        let (fleet, unreached) = Fleet::connect_some(&context.config.proxies).await;
+        let (fleet, unreached) = roster::assemble_some(&context.config, source).await;
         let answers = fleet.each(|proxy| proxy.order_aside(&resume, SHOW_DEADLINE)).await;
         Answers::new(resume.to_string(), answers).and_unreached(unreached)
     };

@@ -10,7 +10,7 @@ use pgcutover_api::epoch::Lease;
 
 use crate::commands::{Answers, Context, Owner};
 use crate::printer::Exit;
-use crate::proxies::{Fleet, SHOW_DEADLINE};
+use crate::proxies::{ProxyErrors, SHOW_DEADLINE};
 
 /// How.
 #[derive(Debug, Args)]
@@ -29,7 +29,10 @@ impl Pause {
     /// Pauses every proxy, or none.
     pub async fn run(&self, context: &Context) -> anyhow::Result<Exit> {
         let config = &context.config;
-        let fleet = Fleet::connect(&config.proxies).await?;
+        let (fleet, absent) = context.fleet().await;
+        if !absent.is_empty() {
+            return Err(ProxyErrors(absent).into());
+        }
         let drain = self.drain.unwrap_or(config.budgets.drain);
         let command = self.command(context, drain)?;
         let answers = fleet.each(|proxy| proxy.order(&command, drain + SHOW_DEADLINE)).await;

@@ -10,7 +10,7 @@ use crate::clusters::Clusters;
 use crate::commands::Context;
 use crate::finding::{Finding, Level};
 use crate::printer::Exit;
-use crate::proxies::Fleet;
+use crate::roster;
 use crate::steps::inspection;
 
 #[derive(Serialize)]
@@ -22,8 +22,8 @@ struct Findings {
 /// Looks and prints.
 pub async fn run(context: &Context) -> anyhow::Result<Exit> {
     let config = &context.config;
-    let fleet = Fleet::connect(&config.proxies).await?;
     let clusters = Clusters::connect(&config.source.endpoint, &config.target.endpoint).await?;
+    let fleet = roster::assemble(config, &clusters.source).await?;
     let mut findings = inspection::inspect(config, &clusters, &fleet).await?;
     findings.sort_by_key(|finding| std::cmp::Reverse(finding.level));
     let level = findings.first().map_or(Level::Green, |finding| finding.level);

@@ -7,7 +7,7 @@ use pgcutover_api::command::{Command, ResumeWith, Scope};
 
 use crate::commands::{Answers, Context, Right};
 use crate::printer::Exit;
-use crate::proxies::{Fleet, SHOW_DEADLINE};
+use crate::proxies::SHOW_DEADLINE;
 
 /// By what right.
 #[derive(Debug, Args)]
@@ -24,7 +24,7 @@ impl Resume {
             Some(warrant) => Command::ResumeWith(ResumeWith { database, warrant }),
             None => Command::Resume(Scope::Database(database)),
         };
-        let (fleet, unreached) = Fleet::connect_some(&context.config.proxies).await;
+        let (fleet, unreached) = context.fleet().await;
         let answers = fleet.each(|proxy| proxy.order_aside(&command, SHOW_DEADLINE)).await;
         let answers = Answers::new(command.to_string(), answers).and_unreached(unreached);
         context.printer.data(&answers);

@@ -16,7 +16,7 @@ use crate::engine::{Engine, Hooks};
 use crate::journal::{self, Journal, JournalError};
 use crate::plan::Goal;
 use crate::printer::{Exit, Printer};
-use crate::proxies::Fleet;
+use crate::roster;
 use crate::standing::{Standing, Views};
 use crate::state::{Began, Decision, Event, Phase};
 use crate::steps::{STEP_DEADLINE, Scene};
@@ -150,7 +150,7 @@ impl ResumeRun {
         }
         let goal = if journal.records().is_empty() { Goal::Cutover } else { journal.state().goal };
         let mut scene = Scene::new(config, journal, run);
-        (scene.fleet, scene.absent) = Fleet::connect_some(&scene.config.proxies).await;
+        (scene.fleet, scene.absent) = roster::assemble_some(&scene.config, &scene.clusters.source).await;
         let mut engine = Engine::new(scene, goal, printer.progress(), interrupt(printer)?, self.hooks);
         let ended = engine.take_up(standing.epoch(), commit(standing)).await;
         let Engine { scene, progress, .. } = engine;

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::commands::Context;
 use crate::printer::Exit;
-use crate::proxies::{Fleet, Proxy, ProxyError};
+use crate::proxies::{Proxy, ProxyError};
 use crate::steps::inspection;
 
 /// What may be asked.
@@ -46,7 +46,7 @@ struct Line {
 impl Sessions {
     /// Asks every proxy and prints.
     pub async fn run(self, context: &Context) -> anyhow::Result<Exit> {
-        let (fleet, unreached) = Fleet::connect_some(&context.config.proxies).await;
+        let (fleet, unreached) = context.fleet().await;
         let mut errors: Vec<String> = unreached.iter().map(ProxyError::to_string).collect();
         let mut sessions = Vec::new();
         for (proxy, answer) in fleet.each(|proxy| self.of(context, proxy)).await {

@@ -4,15 +4,17 @@
 
 use std::fmt;
 
+use pgcutover_api::epoch::Epoch;
 use pgcutover_api::rows::GateRow;
-use pgcutover_api::store::{GateForm, Name};
+use pgcutover_api::store::{GateForm, Member, Name};
 use serde::Serialize;
 
 use crate::clusters::{Cluster, ClusterError, Role};
 use crate::commands::Context;
 use crate::config::Side;
 use crate::printer::Exit;
-use crate::proxies::Fleet;
+use crate::proxies::{Proxy, ProxyError};
+use crate::roster;
 use crate::steps::{STEP_DEADLINE, armed};
 
 #[derive(Serialize)]
@@ -20,6 +22,8 @@ struct Status {
     database: String,
     servers: Vec<Server>,
     proxies: Vec<Gate>,
+    /// Who else has enrolled: nobody's entry stands for them.
+    unlisted: Vec<Unlisted>,
     subscriptions: Vec<Subscription>,
 }
 
@@ -38,6 +42,8 @@ struct Server {
 #[derive(Serialize, Default)]
 struct Gate {
     proxy: String,
+    origin: Option<String>,
+    instance: Option<String>,
     error: Option<String>,
     state: Option<String>,
     owner: Option<String>,
@@ -46,6 +52,16 @@ struct Gate {
     held_clients: Option<u32>,
     open_transactions: Option<u32>,
     lease_ms: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct Unlisted {
+    instance: String,
+    address: String,
+    backend: String,
+    paused_epoch: Option<u64>,
+    seen_ms_ago: u64,
+    alive: bool,
 }
 
 #[derive(Serialize)]
@@ -62,16 +78,16 @@ pub async fn run(context: &Context) -> anyhow::Result<Exit> {
     let source = Cluster::new(Role::Source, &config.source.endpoint);
     let target = Cluster::new(Role::Target, &config.target.endpoint);
     let (source_again, target_again) = (source.another(), target.another());
-    let (of_source, of_target, proxies, subscriptions) = tokio::join!(
+    let (of_source, of_target, (proxies, unlisted), subscriptions) = tokio::join!(
         server(&source, &config.source, &database),
         server(&target, &config.target, &database),
-        gates(context),
+        everybody(context),
         lag(context, &source_again, &target_again),
     );
     let whole =
         of_source.error.is_none() && of_target.error.is_none() && proxies.iter().all(|gate| gate.error.is_none());
     let servers = vec![of_source, of_target];
-    context.printer.data(&Status { database: config.database.clone(), servers, proxies, subscriptions });
+    context.printer.data(&Status { database: config.database.clone(), servers, proxies, unlisted, subscriptions });
     Ok(if whole { Exit::Done } else { Exit::Unexpected })
 }
 
@@ -107,30 +123,64 @@ async fn look(cluster: &Cluster, database: &Name, server: &mut Server) -> Result
     Ok(())
 }
 
-async fn gates(context: &Context) -> Vec<Gate> {
-    let (fleet, unreached) = Fleet::connect_some(&context.config.proxies).await;
-    let database = &context.config.database;
-    let answers = fleet.each(|proxy| proxy.gate(database)).await;
-    let reached = answers.into_iter().map(|(proxy, answer)| match answer {
-        Ok(row) => gate(proxy, row),
-        Err(error) => Gate { proxy: proxy.to_owned(), error: Some(error.message), ..Gate::default() },
-    });
-    let unreached = unreached.into_iter();
-    let unreached = unreached.map(|error| Gate { proxy: error.proxy, error: Some(error.message), ..Gate::default() });
-    reached.chain(unreached).collect()
+/// The gate of each proxy that an entry stands for, and who else there is.
+async fn everybody(context: &Context) -> (Vec<Gate>, Vec<Unlisted>) {
+    let config = &context.config;
+    let (fleet, absent) = context.fleet().await;
+    let answers = fleet.each(|proxy| proxy.gate(&config.database)).await;
+    let mut gates: Vec<Gate> = fleet.iter().zip(answers).map(|(proxy, (_, answer))| gate(proxy, answer)).collect();
+    // A proxy enrols itself on the server that it serves: of two rows the newer is true.
+    let source = Cluster::new(Role::Source, &config.source.endpoint);
+    let target = Cluster::new(Role::Target, &config.target.endpoint);
+    let (of_source, of_target) = tokio::join!(roster::members(&source, config), roster::members(&target, config));
+    let mut members: Vec<Member> = of_source.unwrap_or_default();
+    members.extend(of_target.unwrap_or_default());
+    members.sort_by(|a, b| (&a.instance, a.seen_ms_ago).cmp(&(&b.instance, b.seen_ms_ago)));
+    members.dedup_by(|later, first| later.instance == first.instance);
+    let absent = absent.into_iter().map(|error| roster::last_seen(error, &members));
+    gates.extend(absent.map(|error| Gate { proxy: error.proxy, error: Some(error.message), ..Gate::default() }));
+    members.retain(|member| !gates.iter().any(|gate| gate.is_of(member)));
+    (gates, members.into_iter().map(Unlisted::from).collect())
 }
 
-fn gate(proxy: &str, row: GateRow) -> Gate {
-    Gate {
-        proxy: proxy.to_owned(),
-        error: None,
-        state: Some(row.state.to_string()),
-        owner: Some(row.owner).filter(|owner| !owner.is_empty()),
-        backend: Some(row.backend),
-        route_epoch: Some(row.route_epoch.as_u64()),
-        held_clients: Some(row.held_clients),
-        open_transactions: Some(row.open_transactions),
-        lease_ms: row.lease_ms.and_then(|lease| u64::try_from(lease.as_millis()).ok()),
+impl Gate {
+    fn is_of(&self, member: &Member) -> bool {
+        self.instance.as_ref() == Some(&member.instance) || (self.error.is_some() && self.proxy == member.instance)
+    }
+}
+
+impl From<Member> for Unlisted {
+    fn from(member: Member) -> Unlisted {
+        Unlisted {
+            alive: roster::is_alive(&member),
+            paused_epoch: member.paused_epoch.map(Epoch::as_u64),
+            seen_ms_ago: member.seen_ms_ago,
+            instance: member.instance,
+            address: member.address,
+            backend: member.backend,
+        }
+    }
+}
+
+fn gate(proxy: &Proxy, answer: Result<GateRow, ProxyError>) -> Gate {
+    let gate = Gate {
+        proxy: proxy.name().to_owned(),
+        origin: Some(proxy.origin().to_string()),
+        instance: Some(proxy.instance().to_owned()),
+        ..Gate::default()
+    };
+    match answer {
+        Ok(row) => Gate {
+            state: Some(row.state.to_string()),
+            owner: Some(row.owner).filter(|owner| !owner.is_empty()),
+            backend: Some(row.backend),
+            route_epoch: Some(row.route_epoch.as_u64()),
+            held_clients: Some(row.held_clients),
+            open_transactions: Some(row.open_transactions),
+            lease_ms: row.lease_ms.and_then(|lease| u64::try_from(lease.as_millis()).ok()),
+            ..gate
+        },
+        Err(error) => Gate { error: Some(error.message), ..gate },
     }
 }
 
@@ -169,8 +219,9 @@ impl fmt::Display for Status {
                 (Some(error), _) => writeln!(f, "proxy {}: ERROR: {error}", gate.proxy)?,
                 (None, state) => writeln!(
                     f,
-                    "proxy {}: {}, routes to {} (epoch {}), {} held, {} open transactions",
+                    "proxy {} ({}): {}, routes to {} (epoch {}), {} held, {} open transactions",
                     gate.proxy,
+                    gate.origin.as_deref().unwrap_or(none),
                     state.as_deref().unwrap_or(none),
                     gate.backend.as_deref().unwrap_or(none),
                     gate.route_epoch.unwrap_or_default(),
@@ -178,6 +229,14 @@ impl fmt::Display for Status {
                     gate.open_transactions.unwrap_or_default()
                 )?,
             }
+        }
+        for member in &self.unlisted {
+            let Unlisted { instance, address, backend, seen_ms_ago, .. } = member;
+            let state = if member.alive { "holds and follows by itself" } else { "GONE" };
+            writeln!(
+                f,
+                "proxy instance {instance} (not listed): {state}, at {address}, on {backend}, seen {seen_ms_ago} ms ago"
+            )?;
         }
         for subscription in &self.subscriptions {
             let enabled = if subscription.enabled { "enabled" } else { "DISABLED" };

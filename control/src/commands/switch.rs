@@ -7,7 +7,7 @@ use pgcutover_api::command::{Command, Switch as Order};
 
 use crate::commands::{Answers, Context, Right};
 use crate::printer::Exit;
-use crate::proxies::{Fleet, SHOW_DEADLINE};
+use crate::proxies::SHOW_DEADLINE;
 
 /// By what right, and whereto.
 #[derive(Debug, Args)]
@@ -26,7 +26,7 @@ impl Switch {
         let backend = self.to.clone().unwrap_or_else(|| context.config.target.backend.clone());
         let warrant = self.right.warrant().ok_or_else(|| anyhow::anyhow!("--run and --epoch, or --force"))?;
         let command = Command::Switch(Order { database: context.config.database.clone(), backend, warrant });
-        let (fleet, unreached) = Fleet::connect_some(&context.config.proxies).await;
+        let (fleet, unreached) = context.fleet().await;
         let answers = fleet.each(|proxy| proxy.order_aside(&command, SHOW_DEADLINE)).await;
         let answers = Answers::new(command.to_string(), answers).and_unreached(unreached);
         context.printer.data(&answers);

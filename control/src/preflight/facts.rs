@@ -12,6 +12,7 @@ use crate::clusters::{
     BadCell, Cells, Cluster, ClusterError, Clusters, PreparedTransaction, PublishedTable, Sequence, SlotState,
     Subscription, TableFacts, TableState, way_back,
 };
+use crate::config::members::Unlisted;
 use crate::preflight::types;
 use crate::preflight::types::Types;
 
@@ -49,6 +50,8 @@ pub struct Limits {
     pub source_backend: String,
     /// Whether types may have other numbers on the target.
     pub oid_change: OidChange,
+    /// What becomes of proxies that nobody listed.
+    pub unlisted: Unlisted,
 }
 
 /// Whether types may have other numbers on the target.
@@ -67,6 +70,8 @@ pub struct ProxyFacts {
     pub name: String,
     /// Its instance name, if it said so.
     pub instance: Option<String>,
+    /// How it was found.
+    pub origin: String,
     /// SHOW GATES: whether it can read and record decisions.
     pub control: Control,
     /// SHOW SESSIONS: the application names of its clients.

@@ -12,8 +12,9 @@ use pgcutover_api::store::Identity;
 use crate::clusters::{CatchUpError, Certainty, ClusterError, Clusters, Role, Subscription};
 use crate::config::{Budgets, HOLD_BUDGET_DEFAULT};
 use crate::finding::{Finding, Level};
-use crate::proxies::{Fleet, ProxyError};
+use crate::proxies::{Fleet, ProxyError, ProxyErrors};
 use crate::report;
+use crate::roster;
 use crate::state::Facts;
 use crate::steps::heartbeat::Heartbeat;
 use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, attached, caught_up, fenced, inspection, install, way_back};
@@ -25,7 +26,7 @@ const FIRST_SENTINEL: Duration = Duration::from_secs(20);
 
 /// Does all that.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
-    scene.fleet = Fleet::connect(&scene.config.proxies).await?;
+    scene.fleet = gathered(scene).await?;
     identify(scene).await?;
     attached::finish(scene).await?;
     let findings = inspection::inspect(&scene.config, &scene.clusters, &scene.fleet).await?;
@@ -53,6 +54,18 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
         .with("first_sentinel_ms", travel.as_secs_f64() * 1000.0)
         .with("connections_prepared", opened)
         .with("ddl", if certainty == Certainty::Enforced { "refused by an event trigger" } else { "watched" }))
+}
+
+/// Every proxy, or the refusal that says of each missing one when the source's store last saw it.
+async fn gathered(scene: &Scene) -> Result<Fleet, StepError> {
+    let source = &scene.clusters.source;
+    let absent = match roster::assemble(&scene.config, source).await {
+        Ok(fleet) => return Ok(fleet),
+        Err(absent) => absent,
+    };
+    let members = roster::members(source, &scene.config).await.unwrap_or_default();
+    let seen = absent.0.into_iter().map(|error| roster::last_seen(error, &members));
+    Err(StepError::from(ProxyErrors(seen.collect())))
 }
 
 /// Remembers which servers these are: whoever answers later must be the same (R14).

@@ -8,7 +8,8 @@ use pgcutover_api::store::{GateForm, Identity};
 use crate::clusters::{Cluster, ClusterError, Clusters};
 use crate::config::{Config, Side};
 use crate::finding::Finding;
-use crate::proxies::Fleet;
+use crate::proxies::{Fleet, ProxyError};
+use crate::roster;
 use crate::steps::STEP_DEADLINE;
 
 /// Looks at everything that is declared. A server that does not answer is an error, a proxy that does not is a finding.
@@ -16,14 +17,19 @@ pub async fn look(config: &Config) -> Result<Vec<Finding>, ClusterError> {
     let clusters = Clusters::connect(&config.source.endpoint, &config.target.endpoint).await?;
     let (source, target) =
         tokio::try_join!(clusters.source.identity(STEP_DEADLINE), clusters.target.identity(STEP_DEADLINE))?;
-    let mut found = of_proxies(config, &[(&config.source, &source), (&config.target, &target)]).await;
+    let proxies = roster::assemble_some(config, &clusters.source).await;
+    let sides = [(&config.source, &source), (&config.target, &target)];
+    let mut found = of_proxies(config, &sides, proxies).await;
     found.extend(of_source(config, &clusters.source).await?);
     found.extend(of_replication(config, &clusters.target).await?);
     Ok(found)
 }
 
-async fn of_proxies(config: &Config, sides: &[(&Side, &Identity)]) -> Vec<Finding> {
-    let (fleet, unreached) = Fleet::connect_some(&config.proxies).await;
+async fn of_proxies(
+    config: &Config,
+    sides: &[(&Side, &Identity)],
+    (fleet, unreached): (Fleet, Vec<ProxyError>),
+) -> Vec<Finding> {
     let answers = fleet.each(|proxy| proxy.backends(&config.database)).await;
     let mut found = Vec::new();
     let mut failed = unreached;

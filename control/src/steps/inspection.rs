@@ -36,6 +36,7 @@ pub async fn inspect(config: &Config, clusters: &Clusters, fleet: &Fleet) -> Res
             proxy_role: config.policy.proxy_role.clone(),
             source_backend: config.source.backend.clone(),
             oid_change: if config.policy.accept_oid_change { OidChange::Accepted } else { OidChange::Refused },
+            unlisted: config.policy.unlisted,
         },
         limit: QUESTION,
     };
@@ -70,7 +71,8 @@ async fn of_proxy(config: &Config, proxy: &Proxy) -> Result<ProxyFacts, ProxyErr
     let backends = proxy.backends(database).await?;
     Ok(ProxyFacts {
         name: proxy.name().to_owned(),
-        instance: proxy.setting("instance").await?,
+        instance: Some(proxy.instance().to_owned()).filter(|instance| !instance.is_empty()),
+        origin: proxy.origin().to_string(),
         control: if bool::from(gate.control) { Control::Given } else { Control::Missing },
         applications: proxy.sessions(database).await?.into_iter().map(|row| row.application_name).collect(),
         server_pids: proxy.server_pids(database).await?,

@@ -1,6 +1,6 @@
 //! S2: the epoch is opened in the store, every proxy is paused at it with a lease, open transactions end.
 //!
-//! Invariant: the epoch is in the store and in the journal before the first PAUSE is sent (PROTOCOL R4).
+//! Invariant: the fleet is the one that was armed: names and members are looked up once more. The epoch is in the store and in the journal before the first PAUSE is sent (PROTOCOL R4).
 
 use std::time::Duration;
 
@@ -13,12 +13,12 @@ use crate::clusters::ClusterError;
 use crate::finding::Finding;
 use crate::proxies::{ProxyErrors, SHOW_DEADLINE};
 use crate::report;
+use crate::roster;
+use crate::roster::Change;
 use crate::state::{Event, Facts};
 use crate::steps::calm::Old;
 use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, calm, decided};
 
-/// A member that was seen within this is alive: proxies look at the store every second (R9).
-const ALIVE_MS: u64 = 3000;
 /// How long members that are not ours to command may take to hold by themselves: their look, and what it takes.
 const MEMBERS_PATIENCE: Duration = Duration::from_millis(1500);
 
@@ -29,6 +29,7 @@ const ASK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Opens the epoch and pauses.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
+    unchanged(scene).await?;
     let claim = open(scene).await?;
     let guarded = scene.clusters.target.guard(&scene.turn()?, STEP_DEADLINE).await?;
     let lease = scene.lease()?;
@@ -39,9 +40,34 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     leases.confirm();
     scene.leases = Some(leases);
     paused?;
+    // Whoever nobody listed holds by itself; its clients would meet the fence otherwise.
+    members(scene, claim).await?;
     let held: u32 =
         scene.fleet.all(|proxy| proxy.gate(&database)).await?.iter().map(|(_, gate)| gate.held_clients).sum();
     Ok(Facts::new().with("epoch", claim.epoch.as_u64()).with("held_clients", held).with("target_guarded", guarded))
+}
+
+/// A proxy that came after the others were armed has opened no connections to the target; one that left is not there to be
+/// paused. Nobody is held yet: begin again.
+async fn unchanged(scene: &Scene) -> Result<(), StepError> {
+    let changes = roster::changes(&scene.config, &scene.clusters.source, &scene.fleet).await;
+    if changes.is_empty() {
+        return Ok(());
+    }
+    let found = changes.iter().map(changed).map(|(object, problem)| {
+        let fix = "run it again: the fleet changed while it was prepared, and nothing has happened";
+        Finding::red("paused", object, problem, fix)
+    });
+    Err(StepError::found("the fleet is not the one that was prepared", found.collect()))
+}
+
+/// What is said of a change.
+pub fn changed(change: &Change) -> (String, String) {
+    match change {
+        Change::Came(proxy) => (proxy.clone(), "came after the run began".to_owned()),
+        Change::Left(proxy) => (proxy.clone(), "was there when the run began and is no longer found".to_owned()),
+        Change::Unknown(words) => ("proxies".to_owned(), format!("can't be looked up again: {words}")),
+    }
 }
 
 async fn open(scene: &mut Scene) -> Result<Claim, StepError> {
@@ -107,7 +133,7 @@ async fn pause_all(scene: &Scene, claim: Claim) -> Result<(), StepError> {
     let drain = scene.config.budgets.drain;
     let command = command(scene, claim)?;
     let ask_at = drain.mul_f32(0.75);
-    let pauses = scene.fleet.all(|proxy| proxy.order(&command, drain + ANSWER));
+    let pauses = scene.fleet.all_or_first(|proxy| proxy.order(&command, drain + ANSWER));
     let blockers = async {
         // reason: shortly before the drain deadline, while blockers are still there.
         tokio::time::sleep(ask_at).await;
@@ -223,16 +249,19 @@ async fn members(scene: &Scene, claim: Claim) -> Result<(), StepError> {
     let patience = tokio::time::Instant::now() + MEMBERS_PATIENCE;
     loop {
         let members = scene.clusters.source.members(&scene.database, STEP_DEADLINE).await?;
-        let alive = members.iter().filter(|member| member.seen_ms_ago < ALIVE_MS);
+        let alive = members.iter().filter(|member| roster::is_alive(member));
         let loose: Vec<_> = alive.filter(|member| member.paused_epoch != Some(claim.epoch)).collect();
         if loose.is_empty() {
             return Ok(());
         }
         if tokio::time::Instant::now() >= patience {
-            let fix = "name this proxy in [[proxies]], or stop it; one that died counts as alive for three seconds";
+            let fix = "name this proxy in [[proxies]], or stop it; one that died counts as alive for three seconds, and proxies that \
+                       nobody listed hold by themselves within a second";
             let found = loose.iter().map(|member| {
                 let object = format!("{} ({})", member.instance, member.address);
-                Finding::red("paused", object, format!("serves the database and is not paused at {claim}"), fix)
+                let ms = member.seen_ms_ago;
+                let problem = format!("serves the database and is not paused at {claim}; last seen {ms} ms ago");
+                Finding::red("paused", object, problem, fix)
             });
             return Err(StepError::found("a living proxy is not paused", found.collect()));
         }

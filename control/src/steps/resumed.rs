@@ -7,10 +7,12 @@ use std::time::Duration;
 use pgcutover_api::command::{Command, ResumeWith, Warrant};
 use pgcutover_api::rows::GateState;
 
+use crate::finding::Finding;
 use crate::proxies::{Proxy, ProxyError, SHOW_DEADLINE};
 use crate::report;
+use crate::roster;
 use crate::state::Facts;
-use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, switched};
+use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, paused, switched};
 
 /// Between two looks at a proxy that did not answer well.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
@@ -34,9 +36,19 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     if !missed.is_empty() {
         return Err(switched::told(missed));
     }
+    latecomers(scene).await;
     // A target that was once a source has a gate: its evidence is there, the no-op is cheaper.
     let settled = scene.clusters.target.settle(&scene.turn()?, STEP_DEADLINE).await.is_ok();
     Ok(Facts::new().with("unconfirmed", unconfirmed).with("target_gate_settled", settled))
+}
+
+/// Proxies that appeared or vanished while the run went on: they held and followed by themselves, or they are gone.
+async fn latecomers(scene: &mut Scene) {
+    for change in roster::changes(&scene.config, &scene.clusters.target, &scene.fleet).await {
+        let (object, problem) = paused::changed(&change);
+        let fix = "nothing: whoever serves the database follows the decision by itself; 'proxyctl status' lists them";
+        scene.find(Finding::yellow("resumed", object, problem, fix));
+    }
 }
 
 fn astray(proxy: &str) -> ProxyError {

@@ -428,11 +428,8 @@ pub fn view(db: &Name) -> String {
 
 /// Writes a proxy's row in `member`.
 pub fn enroll(db: &Name, member: &Member) -> String {
-    let mut values = String::new();
-    for text in [db.as_str(), &member.instance, &member.address, &member.backend] {
-        values.push_str(&literal(text));
-        values.push_str(", ");
-    }
+    let texts = [literal(db.as_str()), literal(&member.instance), reachable(&member.address), literal(&member.backend)];
+    let mut values = texts.join(", ") + ", ";
     let paused = member.paused_epoch.map_or("NULL".to_owned(), |epoch| epoch.to_string());
     let written = write!(values, "{}, {paused}, pg_catalog.clock_timestamp()", member.route_epoch);
     debug_assert!(written.is_ok(), "a String takes any text");
@@ -441,6 +438,20 @@ pub fn enroll(db: &Name, member: &Member) -> String {
          ON CONFLICT (db, instance) DO UPDATE SET address = excluded.address, backend = excluded.backend, \
          route_epoch = excluded.route_epoch, paused_epoch = excluded.paused_epoch, seen_at = excluded.seen_at"
     ))
+}
+
+/// A proxy that listens everywhere is where the server sees it come from: an address that nobody could connect to helps nobody.
+fn reachable(address: &str) -> String {
+    let Some(port) = address.strip_prefix("0.0.0.0:").or_else(|| address.strip_prefix("[::]:")) else {
+        return literal(address);
+    };
+    let from = "pg_catalog.inet_client_addr()";
+    format!(
+        "CASE WHEN pg_catalog.family({from}) OPERATOR(pg_catalog.=) 6 \
+         THEN pg_catalog.concat('[', pg_catalog.host({from}), ']:', {0}) \
+         ELSE pg_catalog.concat(coalesce(pg_catalog.host({from}), '127.0.0.1'), ':', {0}) END",
+        literal(port)
+    )
 }
 
 /// Every member of a database, living or not: rows for [`Member::decode`].

@@ -83,3 +83,7 @@ mod transplant_many;
 mod rehearse;
 #[cfg(test)]
 mod rollback;
+#[cfg(test)]
+mod fleet;
+#[cfg(test)]
+mod release;

@@ -9,6 +9,7 @@ use e2e::pair::{APP, DATABASE, PGCUTOVER, Pair, PairOptions, password};
 use pgcutover_api::epoch::{Epoch, RunId};
 use pgcutover_api::store::{self, Member, Name};
 use proxyctl::clusters::{Clusters, Role};
+use proxyctl::config::members::Unlisted;
 use proxyctl::finding::{Finding, Level};
 use proxyctl::preflight::{Inquiry, Limits, OidChange, checks, gather};
 
@@ -30,6 +31,7 @@ pub(crate) fn inquiry() -> Inquiry {
             proxy_role: "pgcutover_proxy".to_owned(),
             source_backend: "blue".to_owned(),
             oid_change: OidChange::Refused,
+            unlisted: Unlisted::Refuse,
         },
         limit: LIMIT,
     }

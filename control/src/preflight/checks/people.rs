@@ -2,12 +2,15 @@
 //!
 //! Invariant: pure; a verifier that can't be compared is red unless a login through every proxy has proved it.
 
+use std::time::Duration;
+
+use pgcutover_api::store::Member;
+
+use crate::config::members::Unlisted;
 use crate::finding::Finding;
 use crate::preflight::checks::{Make, or_green, red_if};
-use crate::preflight::facts::{ClusterFacts, Control, Facts, LoginRole, Session, Verdict, Verifiers};
-
-/// A member that has not been seen for so long is gone: it writes once a second.
-const MEMBER_GONE_MS: u64 = 10_000;
+use crate::preflight::facts::{ClusterFacts, Control, Facts, LoginRole, ProxyFacts, Session, Verdict, Verifiers};
+use crate::roster::GONE;
 
 pub(super) fn old_transactions(facts: &Facts) -> Vec<Finding> {
     const CHECK: &str = "old_transactions";
@@ -153,14 +156,40 @@ pub(super) fn proxies(facts: &Facts) -> Vec<Finding> {
     or_green(CHECK, facts.db.as_str(), &format!("{} with control logins", facts.proxies.len()), found.collect())
 }
 
+/// Every member with where it came from. Whoever nobody listed can't be commanded: it holds and follows at its own looks.
 pub(super) fn members(facts: &Facts) -> Vec<Finding> {
     const CHECK: &str = "members";
-    let known: Vec<&str> = facts.proxies.iter().filter_map(|proxy| proxy.instance.as_deref()).collect();
-    let living = facts.members.iter().filter(|member| member.seen_ms_ago < MEMBER_GONE_MS);
-    let found = living.filter(|member| !known.contains(&member.instance.as_str())).map(|member| {
-        let problem = format!("serves {} at {} and is not in our configuration", facts.db, member.address);
-        let object = format!("proxy instance {}", member.instance);
-        Finding::red(CHECK, object, problem, "Add it as [[proxies]], or stop it.")
-    });
-    or_green(CHECK, facts.db.as_str(), "every enrolled proxy is in our configuration", found.collect())
+    let mut found: Vec<Finding> = facts.proxies.iter().map(|proxy| known(facts, proxy, CHECK)).collect();
+    let ours = |member: &&Member| facts.proxies.iter().any(|proxy| proxy.instance.as_ref() == Some(&member.instance));
+    let living = facts.members.iter().filter(|member| Duration::from_millis(member.seen_ms_ago) < GONE);
+    found.extend(living.filter(|member| !ours(member)).map(|member| stranger(facts, member, CHECK)));
+    found
+}
+
+fn known(facts: &Facts, proxy: &ProxyFacts, check: &str) -> Finding {
+    let object = format!("proxy {}", proxy.name);
+    let instance = proxy.instance.as_deref().unwrap_or_default();
+    let namesakes = facts.proxies.iter().filter(|other| other.instance == proxy.instance).count();
+    if namesakes > 1 && !instance.is_empty() {
+        let problem = format!("calls itself '{instance}', as {} others do: in the store they are one", namesakes - 1);
+        let fix = "Give each proxy an instance of its own (or none: it makes one up), or name it once only.";
+        return Finding::red(check, object, problem, fix);
+    }
+    Finding::green(check, object, format!("{}, instance {instance}", proxy.origin))
+}
+
+fn stranger(facts: &Facts, member: &Member, check: &str) -> Finding {
+    let object = format!("proxy instance {}", member.instance);
+    let where_ = format!("serves {} at {} ({})", facts.db, member.address, member.backend);
+    match facts.limits.unlisted {
+        Unlisted::Refuse => {
+            let problem = format!("{where_} and is not in our configuration");
+            let fix = "Add it as [[proxies]], or stop it; or let such proxies follow: policy.unlisted = \"follow\".";
+            Finding::red(check, object, problem, fix)
+        }
+        Unlisted::Follow => {
+            let problem = format!("{where_}, enrolled by itself: it holds and follows up to a second after the others");
+            Finding::yellow(check, object, problem, "Add it as [[proxies]] for a shorter stall.")
+        }
+    }
 }

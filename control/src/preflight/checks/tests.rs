@@ -10,6 +10,7 @@ use crate::clusters::{
     Extent, GateState, Lag, Position, PreparedTransaction, PublishedTable, Sequence, Setting, SlotState, Subscription,
     TableFacts, TableKind, TableState,
 };
+use crate::config::members::Unlisted;
 use crate::finding::{Finding, Level};
 use crate::preflight::facts::{
     Attempt, ClusterFacts, Control, Facts, Limits, LoginRole, LoginVerdict, OidChange, ProxyBackend, ProxyFacts,
@@ -144,6 +145,7 @@ fn healthy() -> Facts {
         proxies: vec![ProxyFacts {
             name: "p1".to_owned(),
             instance: Some("one".to_owned()),
+            origin: "listed".to_owned(),
             control: Control::Given,
             applications: vec!["shop".to_owned(), String::new()],
             server_pids: Vec::new(),
@@ -159,6 +161,7 @@ fn healthy() -> Facts {
             proxy_role: "pgcutover_proxy".to_owned(),
             source_backend: "blue".to_owned(),
             oid_change: OidChange::Refused,
+            unlisted: Unlisted::Refuse,
         },
     }
 }
@@ -383,7 +386,11 @@ fn logins_that_would_fail_on_the_target_are_seen() {
     let not_proved = with(|f| {
         f.target.verifiers = Verifiers::Hidden;
         f.proxies[0].logins.push(verdict(Verdict::In));
-        f.proxies.push(ProxyFacts { logins: vec![verdict(Verdict::Unknown)], ..f.proxies[0].clone() });
+        f.proxies.push(ProxyFacts {
+            instance: Some("two".to_owned()),
+            logins: vec![verdict(Verdict::Unknown)],
+            ..f.proxies[0].clone()
+        });
     });
     assert_eq!(not_proved.len(), 1);
 }
@@ -407,5 +414,14 @@ fn strangers_and_proxies_that_could_not_follow_are_seen() {
         seen_ms_ago,
     };
     gives(Level::Red, "members", "two", |f| f.members.push(member("two", 900)));
+    gives(Level::Yellow, "members", "two", |f| {
+        f.limits.unlisted = Unlisted::Follow;
+        f.members.push(member("two", 900));
+    });
+    let namesakes = with(|f| f.proxies.push(f.proxies[0].clone()));
+    assert_eq!(
+        namesakes.iter().map(|found| (found.level, found.check.as_str())).collect::<Vec<_>>(),
+        [(Level::Red, "members"); 2]
+    );
     assert_eq!(with(|f| f.members.extend([member("two", 60_000), member("one", 900)])), []);
 }
