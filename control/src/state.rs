@@ -726,6 +726,7 @@ mod tests {
                     let taken = after.touched.iter().filter(|step| **step >= POINT_OF_NO_RETURN);
                     let next = after.next_step();
                     prop_assert!(taken.clone().all(|step| next.is_none_or(|next| *step < next)));
+                    prop_assert!(next.is_none_or(|next| next >= POINT_OF_NO_RETURN));
                     prop_assert!(next.is_some() || taken.count() == Step::ALL.iter().filter(|step| **step >= POINT_OF_NO_RETURN).count());
                 }
                 if matches!(after.phase, Phase::Running(step) if step > POINT_OF_NO_RETURN) {
