@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
@@ -54,6 +55,8 @@ pub struct Client {
     look: Mutex<Look>,
     orders: AtomicU8,
     waker: AtomicWaker,
+    /// Its place in the order in which clients came to a shut gate; 0 unless it was held for its next transaction.
+    pub turn: AtomicU64,
     /// Its named statements in transaction pooling.
     pub prepared: AtomicUsize,
 }
@@ -161,8 +164,17 @@ impl Client {
             look: Mutex::default(),
             orders: AtomicU8::new(0),
             waker: AtomicWaker::new(),
+            turn: AtomicU64::new(0),
             prepared: AtomicUsize::new(0),
         })
+    }
+
+    /// Where it stood at the gate, if a pause has held it since the last time.
+    pub fn take_turn(&self) -> Option<NonZeroU64> {
+        if self.turn.load(Ordering::Relaxed) == 0 {
+            return None;
+        }
+        NonZeroU64::new(self.turn.swap(0, Ordering::Relaxed))
     }
 
     /// Enters a state.

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 use bytes::BytesMut;
@@ -390,10 +390,12 @@ async fn first_server(pool: &Arc<Pool>, worker: usize) -> Result<Lease, Report> 
     let config = pool.site.config.load_full();
     let shed_at = Instant::now() + config.general.hold_budget;
     loop {
-        let held = timeout_at(shed_at, pool.site.gate.enter(0)).await;
+        // It waits for no transaction: those that do come first.
+        let turn = AtomicU64::new(0);
+        let held = timeout_at(shed_at, pool.site.gate.enter(0, &turn)).await;
         let pass = held.map_err(|_| Report::held_too_long())?;
         let deadline = Instant::now() + config.general.client_login_timeout;
-        let checkout = timeout_at(deadline, pool.checkout(pass, worker)).await;
+        let checkout = timeout_at(deadline, pool.checkout(pass, None, worker)).await;
         match checkout.map_err(|_| Report::login_timeout())? {
             Ok(lease) => return Ok(lease),
             Err(NoServer::Shut) => {}

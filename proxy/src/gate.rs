@@ -5,7 +5,6 @@
 //! [`PauseId`], opens the gate. No clock and no IO here; time comes from the caller.
 
 use std::collections::HashSet;
-use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -47,8 +46,6 @@ struct Shutter {
 #[derive(Debug)]
 pub struct Pass {
     gate: Arc<Gate>,
-    /// The place in the order in which clients came to a shut gate; `None` if this one found it open.
-    pub turn: Option<NonZeroU64>,
 }
 
 impl Drop for Pass {
@@ -134,7 +131,7 @@ impl Gate {
     #[must_use]
     pub fn try_enter(self: &Arc<Self>) -> Option<Pass> {
         if self.word.fetch_add(1, Ordering::AcqRel) & SHUT == 0 {
-            return Some(Pass { gate: Arc::clone(self), turn: None });
+            return Some(Pass { gate: Arc::clone(self) });
         }
         self.leave();
         None
@@ -142,16 +139,17 @@ impl Gate {
 
     /// Waits for a pass. The wait is ended by the end of the pause; the caller adds the client's hold budget, its
     /// hang-up and its cancel. Cancel safe: dropped while waiting it holds nothing.
-    pub async fn enter(self: &Arc<Self>, client: u64) -> Pass {
+    ///
+    /// `turn` becomes the client's place in the order in which clients came to the shut gate, from 1 up.
+    pub async fn enter(self: &Arc<Self>, client: u64, turn: &AtomicU64) -> Pass {
         let _held = Held::new(&self.held);
-        let turn = NonZeroU64::new(self.turns.fetch_add(1, Ordering::Relaxed) + 1);
+        turn.store(self.turns.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
         loop {
             let opened = self.opened.notified();
             tokio::pin!(opened);
             // Registered before the gate is tried: an opening in between wakes us.
             opened.as_mut().enable();
-            if let Some(mut pass) = self.try_enter().or_else(|| self.admitted(client)) {
-                pass.turn = turn;
+            if let Some(pass) = self.try_enter().or_else(|| self.admitted(client)) {
                 return pass;
             }
             opened.await;
@@ -254,7 +252,7 @@ impl Gate {
     }
 
     /// Opens the gate, if it is still this pause that holds it; held clients go on in the order in which they came: their
-    /// passes say it, since they are woken on several threads.
+    /// turns say it, since they are woken on several threads.
     pub fn open(&self, id: PauseId) -> bool {
         let mut shutter = self.lock();
         if shutter.pause.as_ref().map(|pause| pause.id) != Some(id) {
@@ -310,7 +308,7 @@ impl Gate {
             return None;
         }
         self.word.fetch_add(1, Ordering::AcqRel);
-        Some(Pass { gate: Arc::clone(self), turn: None })
+        Some(Pass { gate: Arc::clone(self) })
     }
 
     fn leave(&self) {
@@ -370,7 +368,8 @@ mod tests {
         let open = gate.try_enter().unwrap();
         let id = gate.shut(plain(), Instant::now()).unwrap();
         assert!(gate.try_enter().is_none());
-        let mut held = Box::pin(gate.enter(1));
+        let turn = AtomicU64::new(0);
+        let mut held = Box::pin(gate.enter(1, &turn));
         let mut drained = Box::pin(gate.drained(id));
         assert!(is_pending(&mut held).await && is_pending(&mut drained).await);
         assert_eq!(gate.held(), 1);
@@ -428,8 +427,9 @@ mod tests {
         let gate = Arc::new(Gate::default());
         let open = gate.try_enter().unwrap();
         let id = gate.shut(plain(), Instant::now()).unwrap();
-        let mut held = Box::pin(gate.enter(1));
-        let mut other = Box::pin(gate.enter(2));
+        let turn = AtomicU64::new(0);
+        let mut held = Box::pin(gate.enter(1, &turn));
+        let mut other = Box::pin(gate.enter(2, &turn));
         assert!(is_pending(&mut held).await && is_pending(&mut other).await);
         gate.admit(id, 1);
         assert!(is_pending(&mut other).await);

@@ -202,18 +202,23 @@ impl Pool {
         self.welcome.load().as_ref().clone()
     }
 
-    /// A connection for the transaction that `pass` permits.
+    /// A connection for the transaction that `pass` permits; `turn`: where a client that a pause has held stood at the gate.
     ///
     /// The wait is ended by a connection, by the gate ([`NoServer::Shut`]), by a failed attempt to connect, or by
     /// `query_wait_timeout`. Cancel safe: dropped while waiting, a connection already handed over goes back.
     ///
     /// # Errors
     /// [`NoServer`].
-    pub async fn checkout(self: &Arc<Self>, pass: Pass, worker: usize) -> Result<Lease, NoServer> {
+    pub async fn checkout(
+        self: &Arc<Self>,
+        pass: Pass,
+        turn: Option<NonZeroU64>,
+        worker: usize,
+    ) -> Result<Lease, NoServer> {
         if let Some(pooled) = self.take_idle(worker) {
             return Ok(Lease { pooled, pool: Arc::clone(self), pass });
         }
-        let pooled = self.wait(worker, pass.turn).await?;
+        let pooled = self.wait(worker, turn).await?;
         let pooled = rehomed(pooled, worker).ok_or_else(|| refused(Report::server_connection_lost()))?;
         Ok(Lease { pooled, pool: Arc::clone(self), pass })
     }

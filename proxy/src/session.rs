@@ -165,7 +165,8 @@ impl Session {
                 return Ok(Some(kept.begin(pass)));
             }
             let pool = Arc::clone(&self.pool);
-            match Box::pin(self.waited(pool.checkout(pass, self.worker))).await? {
+            let turn = self.client.take_turn();
+            match Box::pin(self.waited(pool.checkout(pass, turn, self.worker))).await? {
                 Some(Ok(lease)) => return Ok(Some(lease)),
                 Some(Err(NoServer::Shut)) => {}
                 Some(Err(NoServer::Refused(report))) => {

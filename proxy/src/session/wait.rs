@@ -40,7 +40,9 @@ impl Session {
         let site = Arc::clone(&self.pool.site);
         let budget = site.config.load().general.hold_budget;
         let id = self.client.who.id;
-        let mut enter = Box::pin(tokio::time::timeout_at((asked_at + budget).into(), site.gate.enter(id)));
+        let client = Arc::clone(&self.client);
+        let enter = site.gate.enter(id, &client.turn);
+        let mut enter = Box::pin(tokio::time::timeout_at((asked_at + budget).into(), enter));
         let outcome = loop {
             match self.attended(&mut enter).await? {
                 Attended::Event(outcome) => break Some(outcome),
