@@ -78,11 +78,11 @@ pub enum Sent {
     Abort,
     /// The subscription from the source is dropped on the target: S10.
     ///
-    /// In nothing yet: S10 is under way.
+    /// In `control/src/steps/reverse.rs`: attach, drop_subscription.
     Detach,
     /// The old source subscribes to the slot of S6 on the target: S10.
     ///
-    /// In nothing yet: S10 is under way.
+    /// In `control/src/steps/reverse.rs`: attach.
     Attach,
     /// SWITCH to the proxies.
     ///

@@ -96,7 +96,7 @@ pub enum ControllerVerb {
     Finish,
     /// S10: the forward subscription is gone, so the reverse one is ordered.
     ///
-    /// In nothing yet: S10 is under way.
+    /// In `control/src/steps/attached.rs`: run, finish.
     Attach,
     /// It dies.
     ///
