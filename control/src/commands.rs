@@ -11,10 +11,10 @@ use tokio::sync::watch;
 
 use crate::clusters::{Cluster, Role};
 use crate::config::Config;
+use crate::event::Ending;
 use crate::printer::{Exit, Printer};
 use crate::proxies::{Fleet, ProxyError};
 use crate::roster;
-use crate::state::Ending;
 
 pub mod abort;
 pub mod completions;

@@ -13,12 +13,13 @@ use pgcutover_api::store::Outcome;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+use crate::event::{Began, Decision, Ending, Event, Facts};
 use crate::finding::Finding;
 use crate::journal;
 use crate::journal::JournalError;
 use crate::plan::{Goal, OnFailure, POINT_OF_NO_RETURN, Step};
 use crate::printer::Progress;
-use crate::state::{Began, Decision, Ending, Event, Facts, Phase};
+use crate::state::Phase;
 use crate::steps::{self, Scene, StepError, Undo, decided};
 
 /// Where a test kills the process, as kill -9 would.

@@ -3,16 +3,21 @@
 //! Invariant: the only writer of journals. Nothing is written that `State::next` refuses; when `append` returns, the
 //! events are on disk; one run per database and directory at a time. What reads as torn was never waited for by anybody.
 
+mod lock;
+
+pub use lock::whoami;
+
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Seek, Write};
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use nix::fcntl::{Flock, FlockArg};
 use pgcutover_api::epoch::RunId;
 use serde::{Deserialize, Serialize};
 
-use crate::state::{Event, IllegalEvent, State};
+use crate::event::Event;
+use crate::journal::lock::Lock;
+use crate::state::{IllegalEvent, State};
 
 /// One event and its moment.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -95,21 +100,6 @@ pub struct Journal {
     lock: Lock,
 }
 
-/// The right to work on a database, as far as this directory goes. The kernel gives it back when the process dies.
-#[derive(Debug)]
-struct Lock {
-    file: Flock<File>,
-    /// Who held it last and died at work.
-    stale: Option<String>,
-}
-
-impl Drop for Lock {
-    fn drop(&mut self) {
-        // An empty lock file is one that was given back in good order.
-        let _ = self.file.set_len(0);
-    }
-}
-
 /// Wall-clock moments that never go back.
 #[derive(Debug)]
 struct Clock {
@@ -134,7 +124,7 @@ impl Journal {
     /// Makes the journal of a new run; fails while another run of the database holds the lock.
     pub fn create(dir: &Path, database: &str, run: RunId) -> Result<Journal, JournalError> {
         std::fs::create_dir_all(dir).map_err(at(dir))?;
-        let lock = lock(dir, database, run)?;
+        let lock = Lock::take(dir, database, run)?;
         let path = path(dir, run);
         let file = OpenOptions::new().append(true).create_new(true).open(&path).map_err(at(&path))?;
         // The directory entry must survive a crash as well.
@@ -148,7 +138,7 @@ impl Journal {
         let path = path(dir, run);
         // Without its file there is nothing to lock for.
         let file = OpenOptions::new().append(true).open(&path).map_err(at(&path))?;
-        let lock = lock(dir, database, run)?;
+        let lock = Lock::take(dir, database, run)?;
         let Replay { records, state, whole_bytes, torn_bytes: _ } = read(&path)?;
         let Some(last) = records.last() else { return Err(JournalError::Empty { path }) };
         let clock = Clock::start(last.at_us);
@@ -159,7 +149,7 @@ impl Journal {
 
     /// Who held the lock last and died without giving it back; nobody if the last one ended in good order.
     pub fn died_at_work(&self) -> Option<&str> {
-        self.lock.stale.as_deref()
+        self.lock.stale()
     }
 
     /// Writes events, in order, with one fsync; all of them or, on a refusal, none.
@@ -294,53 +284,6 @@ fn was_on_disk(byte: usize, after: &[u8]) -> bool {
     readable.any(|line| line.synced.is_none_or(|synced| synced > byte))
 }
 
-fn lock(dir: &Path, database: &str, run: RunId) -> Result<Lock, JournalError> {
-    let path = dir.join(format!("{}.lock", file_name(database)));
-    let file = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(&path).map_err(at(&path))?;
-    let (mut held, stale) = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(mut held) => {
-            let last = words_in(&mut held);
-            (held, last)
-        }
-        Err((mut file, nix::errno::Errno::EWOULDBLOCK)) => {
-            let holder = words_in(&mut file).unwrap_or_else(|| "it has just begun".to_owned());
-            return Err(JournalError::Locked { database: database.to_owned(), holder, path });
-        }
-        Err((_, errno)) => return Err(JournalError::Io { path, error: errno.into() }),
-    };
-    // Whoever finds the lock taken may look who has it.
-    let who = format!("run {run} of {}", whoami());
-    held.set_len(0).and_then(|()| held.rewind()).and_then(|()| held.write_all(who.as_bytes())).map_err(at(&path))?;
-    Ok(Lock { file: held, stale })
-}
-
-/// What a lock file says, if anything.
-fn words_in(file: &mut File) -> Option<String> {
-    // A holder's words take a hundred bytes.
-    const BYTES_MAX: u64 = 1000;
-    let mut words = Vec::new();
-    file.take(BYTES_MAX).read_to_end(&mut words).ok()?;
-    let words = String::from_utf8_lossy(&words).trim().to_owned();
-    Some(words).filter(|words| !words.is_empty())
-}
-
-/// This process, for people: user, machine, process.
-pub fn whoami() -> String {
-    let user = nix::unistd::User::from_uid(nix::unistd::Uid::effective()).ok().flatten();
-    let user = user.map_or_else(|| nix::unistd::Uid::effective().to_string(), |user| user.name);
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    format!("{user}@{}, pid {}", host.trim(), std::process::id())
-}
-
-/// A database name as part of a file name: everything but letters and digits as hexadecimal.
-fn file_name(database: &str) -> String {
-    let mut name = String::new();
-    for byte in database.bytes() {
-        if byte.is_ascii_alphanumeric() { name.push(byte.into()) } else { name.push_str(&format!("_{byte:02x}")) }
-    }
-    name
-}
-
 fn at(path: &Path) -> impl Fn(std::io::Error) -> JournalError {
     let path = path.to_owned();
     move |error| JournalError::Io { path: path.clone(), error }
@@ -352,9 +295,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::event::{Began, Decision, Ending, Facts};
     use crate::finding::Finding;
     use crate::plan::{Goal, Step};
-    use crate::state::{Began, Decision, Ending, Facts, Phase};
+    use crate::state::Phase;
 
     fn began(run: RunId) -> Event {
         Event::Began(Began {

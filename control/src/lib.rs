@@ -3,7 +3,7 @@
 //! # Life of a cutover
 //! [`cli`] reads what was typed, [`commands`] picks the work, [`engine`] walks the steps of [`plan`]: the intent goes to the
 //! [`journal`], the step of [`steps`] acts on [`clusters`] and [`proxies`] (whoever the [`roster`] finds), the outcome goes to
-//! the journal; [`state`] says which event may follow which; [`standing`] says what the store knows of a run that broke off.
+//! the journal; [`state`] says which [`event`] may follow which; [`standing`] says what the store knows of a run that broke off.
 //! Before the decision every failure ends with `decide(abort)` and traffic on the source;
 //! after it everything goes forward. [`report`] is folded from the journal alone.
 //!
@@ -18,6 +18,7 @@ pub mod report;
 pub mod journal;
 pub mod standing;
 pub mod state;
+pub mod event;
 pub mod plan;
 pub mod roster;
 pub mod clusters;

@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 use pgcutover_api::epoch::{Epoch, RunId};
 use serde::Serialize;
 
+use crate::event::{Began, Decision, Ending, Event, Facts};
 use crate::finding::{Finding, Level};
 use crate::journal::Record;
 use crate::plan::{Goal, Step};
 use crate::report::prediction::Prediction;
-use crate::state::{Began, Decision, Ending, Event, Facts, Phase, State};
+use crate::state::{Phase, State};
 
 pub mod html;
 pub mod picture;

@@ -7,7 +7,8 @@ use std::fmt;
 use pgcutover_api::epoch::{Epoch, RunId};
 use pgcutover_api::store::{Decision as Decided, StoreView};
 
-use crate::state::{Decision, State};
+use crate::event::Decision;
+use crate::state::State;
 
 /// How a run stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

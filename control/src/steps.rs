@@ -12,11 +12,11 @@ use pgcutover_api::store::{Identity, Name, Turn};
 use crate::clusters::way_back::epoch_of as way_back_of;
 use crate::clusters::{Cluster, ClusterError, Clusters, Subscription};
 use crate::config::Config;
+use crate::event::{Event, Facts};
 use crate::finding::Finding;
 use crate::journal::Journal;
 use crate::plan::Step;
 use crate::proxies::{Fleet, Leases, ProxyError, ProxyErrors};
-use crate::state::{Event, Facts};
 
 pub mod armed;
 pub mod calm;

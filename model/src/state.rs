@@ -284,6 +284,17 @@ pub struct Shape {
 }
 
 impl Shape {
+    /// Nobody yet: two epochs, a whole network, no data. A search adds what it is about.
+    pub const BASE: Self = Self {
+        listed: 0,
+        members: 0,
+        strangers: 0,
+        epochs: 2,
+        crashes: CRASHES_ANY,
+        network: Network::Whole,
+        data: false,
+    };
+
     /// Whether a proxy may be cut off.
     pub const fn cuts(self) -> bool {
         match self.network {

@@ -9,7 +9,6 @@ use model::rules::Rules;
 use model::safety::Fault;
 use model::search::Found;
 use model::search::Wish;
-use model::state::CRASHES_ANY;
 use model::state::Cut;
 use model::state::Network;
 use model::state::Phase;
@@ -20,15 +19,7 @@ use model::step::Machine;
 use model::step::Step;
 use model::words;
 
-const BASE: Shape = Shape {
-    listed: 0,
-    members: 0,
-    strangers: 0,
-    epochs: 2,
-    crashes: CRASHES_ANY,
-    network: Network::Whole,
-    data: false,
-};
+const BASE: Shape = Shape::BASE;
 const TWO: Shape = Shape { listed: 2, ..BASE };
 const ONE_CUT: Shape = Shape { listed: 1, network: Network::Cuts, ..BASE };
 /// About half a GB; the largest search here needs a tenth.

@@ -18,6 +18,17 @@ use crate::product::Product;
 use crate::proxy::{Proxy, with_own_hosts_file};
 use crate::run_dir::RunDir;
 
+/// Budgets for tests of faults: short waits for whatever was killed, and a stall that is not what they measure, because tests
+/// share a machine.
+pub const SHORT: [(&str, &str); 6] = [
+    ("drain", "700ms"),
+    ("lease", "1s"),
+    ("renew", "200ms"),
+    ("catch_up", "3s"),
+    ("stall", "5s"),
+    ("transaction_age_max", "60s"),
+];
+
 /// A configuration and the directory of its journals.
 #[derive(Debug)]
 pub struct Control {
@@ -56,6 +67,19 @@ impl Control {
         fs::create_dir_all(dir.join("runs"))?;
         let program = Product::build()?.proxyctl.clone();
         Ok(Control { config, hosts: None, dir, program, runs: std::sync::atomic::AtomicU32::new(0) })
+    }
+
+    /// Sets budgets; the others stay as they are.
+    pub fn budget(&mut self, budgets: &[(&str, &str)]) {
+        budgets.iter().for_each(|(key, value)| self.set("budgets", key, *value));
+    }
+
+    /// Sets one key of a section; the others stay as they are.
+    pub fn set(&mut self, section: &str, key: &str, value: impl Into<Value>) {
+        let section = self.config.entry(section).or_insert_with(|| Value::Table(Table::new()));
+        if let Some(section) = section.as_table_mut() {
+            section.insert(key.to_owned(), value.into());
+        }
     }
 
     /// Prepares and attaches the way back, as it is by default.

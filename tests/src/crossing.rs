@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
-use toml::{Table, Value};
 
 use crate::binaries::{Binaries, Network};
 use crate::client::Client;
+use crate::control::Control;
 use crate::drivers::course::{Engagement, Pooling, Told, Types};
 use crate::drivers::ways::{CLIENTS, Way};
 use crate::drivers::{Means, Performance};
@@ -209,7 +209,7 @@ impl Crossing {
             options.setting("hold_budget", "40s");
         };
         let mut stage = Stage::with(pair, 1, change).await?;
-        configure(&mut stage.control.config, self.types);
+        configure(&mut stage.control, self.types);
         if self.to < 16 {
             carry_sentinel(&stage).await?;
         }
@@ -283,20 +283,16 @@ async fn carry_sentinel(stage: &Stage) -> Result<()> {
 }
 
 /// Thirty programs and two servers on two cores: what matters here is that nobody sees an error, not how long it takes.
-fn configure(config: &mut Table, types: Types) {
-    let mut set = |section: &str, key: &str, value: Value| {
-        let section = config.entry(section).or_insert_with(|| Value::Table(Table::new()));
-        if let Some(section) = section.as_table_mut() {
-            section.insert(key.to_owned(), value);
-        }
-    };
-    set("budgets", "drain", "5s".into());
-    set("budgets", "catch_up", "15s".into());
-    set("budgets", "lease", "9s".into());
-    set("budgets", "barrier", "5s".into());
-    set("budgets", "lag_bytes_max", (16 << 20).into());
-    set("budgets", "transaction_age_max", "5s".into());
-    set("policy", "accept_oid_change", (types == Types::OtherOids).into());
+fn configure(control: &mut Control, types: Types) {
+    control.budget(&[
+        ("drain", "5s"),
+        ("catch_up", "15s"),
+        ("lease", "9s"),
+        ("barrier", "5s"),
+        ("transaction_age_max", "5s"),
+    ]);
+    control.set("budgets", "lag_bytes_max", 16 << 20);
+    control.set("policy", "accept_oid_change", types == Types::OtherOids);
 }
 
 fn begin(cast: &Cast, engage: impl Fn(&Way) -> Engagement) -> Vec<Performance> {

@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use serde::Serialize;
-use toml::{Table, Value};
+use toml::Value;
 
 use crate::binaries::Binaries;
-use crate::control::Running;
+use crate::control::{Running, SHORT};
 use crate::faults::{Fault, FaultProxy};
 use crate::pair::{DATABASE, Pair, PairOptions, SOURCE, TARGET};
 use crate::stage::{Serving, Stage};
@@ -229,19 +229,8 @@ async fn stage(binaries: &Binaries, (from, to): (u32, u32)) -> Result<(Stage, Li
     let dsn = second.get("dsn").and_then(Value::as_str).context("a dsn")?;
     let dsn = dsn.replace(&format!("port={console}"), &format!("port={}", links[2].port()));
     second.insert("dsn".to_owned(), dsn.into());
-    let budgets = [
-        ("drain", "700ms"),
-        ("lease", "1s"),
-        ("renew", "200ms"),
-        ("catch_up", "3s"),
-        // A loaded machine: what is measured is not the stall of a cutover that goes well.
-        ("stall", "5s"),
-        ("transaction_age_max", "60s"),
-    ];
-    let budgets = budgets.map(|(key, value)| (key.to_owned(), Value::from(value)));
-    config.insert("budgets".to_owned(), Value::Table(Table::from_iter(budgets)));
-    let way_back = Table::from_iter([("enabled".to_owned(), Value::from(true))]);
-    config.insert("way_back".to_owned(), Value::Table(way_back));
+    stage.control.budget(&SHORT);
+    stage.control.with_way_back();
     Ok((stage, Links { links }))
 }
 

@@ -10,9 +10,11 @@
 //!
 //! A module uses only modules below it in this list.
 
+pub mod program;
 pub mod crossing;
 pub mod shuttle;
 pub mod kills;
+pub mod account;
 pub mod stage;
 pub mod faults;
 pub mod workload;

@@ -8,9 +8,8 @@ use std::time::Duration;
 use anyhow::Result;
 use serde::Serialize;
 use serde_json::Value as Json;
-use toml::{Table, Value};
 
-use crate::errors::tally;
+use crate::account::Account;
 use crate::ledger::{Audit, Sides, audit};
 use crate::pair::DATABASE;
 use crate::printer::say;
@@ -51,7 +50,6 @@ pub struct Crossing {
 
 /// What came of it.
 #[derive(Clone, Debug, Serialize)]
-#[expect(clippy::struct_excessive_bools, reason = "two findings, each a yes or no in the JSON")]
 pub struct Verdict {
     /// Version of the server that served first.
     pub source_version: String,
@@ -67,26 +65,9 @@ pub struct Verdict {
     pub cutovers: u32,
     /// Those that were committed.
     pub committed: usize,
-    /// How long it all took.
-    pub seconds: f64,
-    /// Transactions that ended well.
-    pub transactions: u64,
-    /// Writes acknowledged.
-    pub writes_acknowledged: usize,
-    /// The same a second.
-    pub writes_per_s: f64,
-    /// Errors that clients saw.
-    pub errors: usize,
-    /// What they said, and how often.
-    pub error_texts: Vec<(String, usize)>,
-    /// Acknowledged, but not there.
-    pub lost: usize,
-    /// There twice, or though refused.
-    pub duplicated: usize,
-    /// Taken by a side that did not serve.
-    pub two_sided: usize,
-    /// Whether balances and histories agree with the ledger.
-    pub balanced: bool,
+    /// What clients were told, and what the servers have.
+    #[serde(flatten)]
+    pub account: Account,
     /// Whether the server that does not serve has it all too.
     pub followed: bool,
     /// Quantiles over every client and cutover.
@@ -99,23 +80,12 @@ pub struct Verdict {
     pub crossings: Vec<Crossing>,
     /// What proxyctl said of the one that was not committed.
     pub story: Option<String>,
-    /// What the ledger says.
-    #[serde(skip)]
-    pub audit: Audit,
 }
 
 impl Verdict {
     /// Whether nobody noticed anything.
     pub fn is_good(&self) -> bool {
-        self.committed == self.cutovers as usize && self.errors == 0 && self.followed && self.audit.is_clean()
-    }
-}
-
-/// Sets budgets; those of the configuration otherwise.
-pub fn budget(config: &mut Table, budgets: &[(&str, &str)]) {
-    let entry = config.entry("budgets").or_insert_with(|| Value::Table(Table::new()));
-    if let Some(table) = entry.as_table_mut() {
-        table.extend(budgets.iter().map(|(key, value)| ((*key).to_owned(), Value::from(*value))));
+        self.committed == self.cutovers as usize && self.followed && self.account.is_good()
     }
 }
 
@@ -149,9 +119,6 @@ impl Shuttle {
         let crossings: Vec<Crossing> = crossings.into_iter().map(|(_, crossing)| crossing).collect();
         let committed = crossings.iter().filter(|crossing| crossing.outcome == "committed").count();
         let (audit, followed) = compare(stage, &outcome.notes(), committed).await?;
-        let errors = outcome.errors();
-        let seconds = outcome.duration.as_secs_f64();
-        let acknowledged = u32::try_from(outcome.acknowledged()).unwrap_or(u32::MAX);
         let of = |part: fn(&Crossing) -> f64| Stalls::of_ms(crossings.iter().map(part));
         Ok(Verdict {
             source_version: stage.pair.source.version().into(),
@@ -161,23 +128,13 @@ impl Shuttle {
             sessions: self.load.sessions.0,
             cutovers: self.cutovers,
             committed,
-            seconds,
-            transactions: outcome.transactions,
-            writes_acknowledged: outcome.acknowledged(),
-            writes_per_s: f64::from(acknowledged) / seconds,
-            errors: errors.len(),
-            error_texts: tally(&errors),
-            lost: audit.lost.len(),
-            duplicated: audit.doubled.len() + audit.phantom.len(),
-            two_sided: audit.stranded.len() + audit.split.len(),
-            balanced: audit.imbalance == 0 && audit.orphaned == 0,
+            account: Account::of(&outcome, audit),
             followed,
             stall_ms: Stalls::of_us(stalls_us),
             stall_ms_max: of(|crossing| crossing.stall_ms.max),
             pause_ms: of(|crossing| crossing.pause_ms),
             crossings,
             story,
-            audit,
         })
     }
 }

@@ -435,19 +435,6 @@ fn slot(row: &Cells<'_>) -> Result<SlotState, BadCell> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clusters::tables::GateState;
-
-    fn table(name: &str, kind: TableKind, parent: Option<&str>) -> TableFacts {
-        TableFacts {
-            schema: "public".to_owned(),
-            name: name.to_owned(),
-            kind,
-            parent: parent.map(str::to_owned),
-            is_identified: true,
-            other_owner: None,
-            gate: GateState::Armed,
-        }
-    }
 
     fn published(table: &str, extent: Extent) -> PublishedTable {
         PublishedTable { publication: "p".to_owned(), table: table.to_owned(), extent, is_of_all: false }
@@ -473,10 +460,10 @@ mod tests {
     #[test]
     fn a_table_is_covered_by_itself_or_by_a_partitioned_parent() {
         let tables = [
-            table("a", TableKind::Logged, None),
-            table("p", TableKind::Parent, None),
-            table("p1", TableKind::Logged, Some("public.p")),
-            table("u", TableKind::Unlogged, None),
+            TableFacts::plain("a", TableKind::Logged, None),
+            TableFacts::plain("p", TableKind::Parent, None),
+            TableFacts::plain("p1", TableKind::Logged, Some("public.p")),
+            TableFacts::plain("u", TableKind::Unlogged, None),
         ];
         let (mut pubs, mut states) = ours();
         pubs.extend([published("public.a", Extent::Whole), published("public.p", Extent::Whole)]);
@@ -488,7 +475,7 @@ mod tests {
 
     #[test]
     fn filters_missing_operations_unfinished_copies_and_our_own_tables_are_named() {
-        let tables = [table("a", TableKind::Logged, None)];
+        let tables = [TableFacts::plain("a", TableKind::Logged, None)];
         let (pubs, states) = ours();
         let with = |extent, st: &[TableState]| {
             let pubs = [pubs.clone(), vec![published("public.a", extent)]].concat();

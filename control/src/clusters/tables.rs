@@ -203,6 +203,20 @@ enum Armed {
 }
 
 impl TableFacts {
+    /// One of the schema `public` with nothing odd about it.
+    #[cfg(test)]
+    pub fn plain(name: &str, kind: TableKind, parent: Option<&str>) -> TableFacts {
+        TableFacts {
+            schema: "public".to_owned(),
+            name: name.to_owned(),
+            kind,
+            parent: parent.map(str::to_owned),
+            is_identified: true,
+            other_owner: None,
+            gate: GateState::Armed,
+        }
+    }
+
     /// What is wrong with its gate, if anything.
     pub fn ungated(&self) -> Option<Ungated> {
         let reason = match &self.gate {

@@ -229,7 +229,6 @@ fn offer(row: &Cells<'_>) -> Result<Offer, BadCell> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clusters::tables::GateState;
 
     #[test]
     fn a_name_tells_route_and_epoch_and_belongs_to_no_other_route() {
@@ -244,20 +243,11 @@ mod tests {
 
     #[test]
     fn partitions_go_with_their_parents_where_parents_can_be_published() {
-        let table = |name: &str, kind, parent: Option<&str>| TableFacts {
-            schema: "public".to_owned(),
-            name: name.to_owned(),
-            kind,
-            parent: parent.map(str::to_owned),
-            is_identified: true,
-            other_owner: None,
-            gate: GateState::Armed,
-        };
         let tables = [
-            table("plain", TableKind::Logged, None),
-            table("cache", TableKind::Unlogged, None),
-            table("parent", TableKind::Parent, None),
-            table("leaf", TableKind::Logged, Some("public.parent")),
+            TableFacts::plain("plain", TableKind::Logged, None),
+            TableFacts::plain("cache", TableKind::Unlogged, None),
+            TableFacts::plain("parent", TableKind::Parent, None),
+            TableFacts::plain("leaf", TableKind::Logged, Some("public.parent")),
         ];
         let of = |major| {
             let names = published(&tables, major);

@@ -12,10 +12,10 @@ use serde::Serialize;
 
 use crate::clusters::{Cluster, ClusterError, Role};
 use crate::commands::{Answers, Context};
+use crate::event::Decision;
 use crate::printer::Exit;
 use crate::proxies::SHOW_DEADLINE;
 use crate::roster;
-use crate::state::Decision;
 use crate::steps::{STEP_DEADLINE, decided};
 
 #[derive(Serialize)]

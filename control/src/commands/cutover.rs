@@ -13,10 +13,10 @@ use tokio::sync::watch;
 use crate::commands::{Context, interrupt, report};
 use crate::config::Config;
 use crate::engine::{Engine, Hooks};
+use crate::event::Event;
 use crate::journal::{Journal, JournalError};
 use crate::plan::{Goal, Step};
 use crate::printer::{Exit, Printer};
-use crate::state::Event;
 use crate::steps::Scene;
 
 /// How.

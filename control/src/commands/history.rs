@@ -11,12 +11,12 @@ use pgcutover_api::epoch::{Epoch, RunId};
 use serde::Serialize;
 
 use crate::commands::Context;
+use crate::event::Ending;
 use crate::finding::Level;
 use crate::journal;
 use crate::plan::{Goal, Step};
 use crate::printer::Exit;
 use crate::report::{Report, StepOutcome};
-use crate::state::Ending;
 
 /// How many.
 #[derive(Debug, Args)]
@@ -140,8 +140,8 @@ impl fmt::Display for Line {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::event::Event;
     use crate::report::tests::{committed, fold};
-    use crate::state::Event;
 
     #[test]
     fn a_line_says_when_what_by_whom_and_how_it_ended() {

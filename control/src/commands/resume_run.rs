@@ -13,12 +13,13 @@ use crate::clusters::{Cluster, ClusterError, Clusters, DecideError, Role};
 use crate::commands::{Context, interrupt, report};
 use crate::config::Config;
 use crate::engine::{Engine, Hooks};
+use crate::event::{Began, Decision, Event};
 use crate::journal::{self, Journal, JournalError};
 use crate::plan::Goal;
 use crate::printer::{Exit, Printer};
 use crate::roster;
 use crate::standing::{Standing, Views};
-use crate::state::{Began, Decision, Event, Phase};
+use crate::state::Phase;
 use crate::steps::{STEP_DEADLINE, Scene};
 
 /// Which run, and by what.

@@ -11,10 +11,10 @@ use serde::Serialize;
 use crate::clusters::{Cluster, Clusters, Role, way_back};
 use crate::commands::cutover::Cutover;
 use crate::commands::{Context, preflight};
+use crate::event::Ending;
 use crate::finding::Finding;
 use crate::plan::Goal;
 use crate::printer::Exit;
-use crate::state::Ending;
 use crate::steps::reverse;
 
 /// How.

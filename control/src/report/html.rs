@@ -7,10 +7,10 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use crate::event::{Ending, Facts};
 use crate::finding::{Finding, Level};
 use crate::report::samples::Samples;
 use crate::report::{Report, StepOutcome, picture};
-use crate::state::{Ending, Facts};
 
 /// Writes the page to a file, whole or not at all.
 pub fn write(path: &Path, report: &Report, samples: &Samples) -> std::io::Result<()> {

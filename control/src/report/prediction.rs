@@ -98,10 +98,10 @@ impl fmt::Display for Prediction {
 
 #[cfg(test)]
 mod tests {
+    use crate::event::{Decision, Ending, Event, Facts};
     use crate::plan::Goal;
     use crate::report::tests::{committed, fold};
     use crate::report::{RESUME_ANSWERED, StepOutcome};
-    use crate::state::{Decision, Ending, Event, Facts};
 
     use super::*;
 

@@ -11,11 +11,11 @@ use pgcutover_api::store::Identity;
 
 use crate::clusters::{CatchUpError, Certainty, ClusterError, Clusters, Role, Subscription};
 use crate::config::{Budgets, HOLD_BUDGET_DEFAULT};
+use crate::event::Facts;
 use crate::finding::{Finding, Level};
 use crate::proxies::{Fleet, ProxyError, ProxyErrors};
 use crate::report;
 use crate::roster;
-use crate::state::Facts;
 use crate::steps::heartbeat::Heartbeat;
 use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, attached, caught_up, fenced, inspection, install, way_back};
 

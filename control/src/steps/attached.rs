@@ -4,8 +4,8 @@
 //! the command that does it later.
 
 use crate::clusters::Role;
+use crate::event::Facts;
 use crate::finding::Finding;
-use crate::state::Facts;
 use crate::steps::reverse::{self, Attached, Served, Way, Which};
 use crate::steps::{Scene, StepError, Undo};
 

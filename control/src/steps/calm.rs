@@ -5,8 +5,8 @@
 use std::time::Duration;
 
 use crate::clusters::{BadCell, Cells, ClusterError};
+use crate::event::Facts;
 use crate::finding::Finding;
-use crate::state::Facts;
 use crate::steps::heartbeat::Heartbeat;
 use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, transplanted};
 

@@ -4,8 +4,8 @@
 //! position behind it.
 
 use crate::clusters::{CatchUpError, Subscription};
+use crate::event::Facts;
 use crate::finding::Finding;
-use crate::state::Facts;
 use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo};
 
 /// Sends the sentinel and waits.

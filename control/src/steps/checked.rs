@@ -7,9 +7,9 @@
 
 use pgcutover_api::store::GateForm;
 
+use crate::event::Facts;
 use crate::finding::Finding;
 use crate::plan::Goal;
-use crate::state::Facts;
 use crate::steps::{
     STEP_DEADLINE, Scene, StepError, Undo, armed, caught_up, durable, fenced, paused, transplanted, way_back,
 };

@@ -8,8 +8,8 @@ use std::time::Duration;
 use pgcutover_api::store::{Outcome, Turn};
 
 use crate::clusters::{ClusterError, DecideError};
+use crate::event::{Decision, Event, Facts};
 use crate::finding::Finding;
-use crate::state::{Decision, Event, Facts};
 use crate::steps::{Scene, StepError, Undo, paused};
 
 /// How long an outcome is asked for: as long as proxies hold their clients by default.
@@ -18,6 +18,8 @@ pub const PATIENCE: Duration = Duration::from_secs(15);
 const ATTEMPT: Duration = Duration::from_secs(2);
 /// How long the target may take to note the evidence; the proxies write it as well.
 const WITNESS_PATIENCE: Duration = Duration::from_secs(2);
+/// Between two attempts to leave it there, while every client waits.
+const ASK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Decides for the target, and leaves the evidence there.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
@@ -73,7 +75,7 @@ async fn evidence(scene: &Scene, turn: &Turn) -> Result<(), StepError> {
             Ok(()) => return Ok(()),
             Err(error) if again(&error) && tokio::time::Instant::now() < until => {
                 // reason: a target that is away is asked again, within WITNESS_PATIENCE.
-                tokio::time::sleep(Duration::from_millis(20)).await;
+                tokio::time::sleep(ASK_AGAIN).await;
             }
             Err(error) => {
                 let fix = "nothing: each proxy writes the evidence itself before it switches; see why the target did not answer";

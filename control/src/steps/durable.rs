@@ -3,8 +3,8 @@
 //! Invariant: a row of ours is always written, sequences or not (PROTOCOL R6). Sequences are read after the barrier.
 
 use crate::clusters::{Position, Sequence, drift};
+use crate::event::Facts;
 use crate::finding::Finding;
-use crate::state::Facts;
 use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo};
 
 /// Reads there, sets here.

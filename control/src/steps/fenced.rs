@@ -6,8 +6,8 @@
 use pgcutover_api::store::{GateForm, SQLSTATE_WRONG_EPOCH};
 
 use crate::clusters::{BarrierError, Ungated};
+use crate::event::Facts;
 use crate::finding::Finding;
-use crate::state::Facts;
 use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo};
 
 /// Flips, then waits.

@@ -10,12 +10,12 @@ use pgcutover_api::rows::{BlockerRow, GateState};
 use pgcutover_api::store::{Name, SQLSTATE_UNDECIDED};
 
 use crate::clusters::ClusterError;
+use crate::event::{Event, Facts};
 use crate::finding::Finding;
 use crate::proxies::{ProxyErrors, SHOW_DEADLINE};
 use crate::report;
 use crate::roster;
 use crate::roster::Change;
-use crate::state::{Event, Facts};
 use crate::steps::calm::Old;
 use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, calm, decided};
 
@@ -24,6 +24,8 @@ const MEMBERS_PATIENCE: Duration = Duration::from_millis(1500);
 
 /// How long after its drain deadline a proxy may take to say so.
 const ANSWER: Duration = Duration::from_secs(1);
+/// Between two looks at members that hold by themselves.
+const LOOK: Duration = Duration::from_millis(20);
 /// Between two questions to a source that is away.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 
@@ -266,6 +268,6 @@ async fn members(scene: &Scene, claim: Claim) -> Result<(), StepError> {
             return Err(StepError::found("a living proxy is not paused", found.collect()));
         }
         // reason: members hold by themselves at their own look; asked again within the patience.
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(LOOK).await;
     }
 }

@@ -7,11 +7,11 @@ use std::time::Duration;
 use pgcutover_api::command::{Command, ResumeWith, Warrant};
 use pgcutover_api::rows::GateState;
 
+use crate::event::Facts;
 use crate::finding::Finding;
 use crate::proxies::{Proxy, ProxyError, SHOW_DEADLINE};
 use crate::report;
 use crate::roster;
-use crate::state::Facts;
 use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, paused, switched};
 
 /// Between two looks at a proxy that did not answer well.

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use pgcutover_api::command::{Command, Switch, Warrant};
 
+use crate::event::Facts;
 use crate::finding::Finding;
 use crate::proxies::{Proxy, ProxyError};
-use crate::state::Facts;
 use crate::steps::{Scene, StepError, Undo};
 
 /// A proxy looks at the store every second: after this it has followed, or something is wrong with it.

@@ -8,9 +8,9 @@ use std::time::Duration;
 use pgcutover_api::command::{Command, Transplant, Warrant};
 use pgcutover_api::rows::{Fate, Prospect, SessionRow, TransplantRow};
 
+use crate::event::Facts;
 use crate::finding::Finding;
 use crate::proxies::{Proxy, ProxyError};
-use crate::state::Facts;
 use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, inspection};
 
 /// Reading and restoring a few hundred sessions; a session in trouble is given up sooner.

@@ -7,8 +7,8 @@
 use std::time::Duration;
 
 use crate::clusters::way_back;
+use crate::event::Facts;
 use crate::finding::Finding;
-use crate::state::Facts;
 use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo};
 
 /// A publication of thousands of tables, each with a lock that VACUUM may hold.

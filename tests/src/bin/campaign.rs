@@ -5,16 +5,18 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Parser, ValueEnum};
-use e2e::binaries::{Binaries, EXIT_NO_SERVERS, Missing};
+use e2e::account::Account;
+use e2e::binaries::Binaries;
 use e2e::cluster::Commits;
 use e2e::pair::{OTHER, Pair, PairOptions};
 use e2e::printer::{result, say};
 use e2e::product::Product;
+use e2e::program;
 use e2e::run_dir::RunDir;
 use e2e::samples::Stalls;
-use e2e::shuttle::{Shuttle, Verdict, budget};
+use e2e::shuttle::{Shuttle, Verdict};
 use e2e::stage::Stage;
 use e2e::workload::WorkloadOptions;
 
@@ -61,20 +63,14 @@ enum Output {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    match runtime.context("starting the runtime").and_then(|runtime| runtime.block_on(campaign(&args))) {
-        Ok(verdict) => {
-            match args.output {
-                Output::Json => result(serde_json::to_string(&verdict).unwrap_or_else(|error| error.to_string())),
-                Output::Text => result(words(&verdict)),
-            }
-            if verdict.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    program::run("campaign", async {
+        let verdict = campaign(&args).await?;
+        match args.output {
+            Output::Json => result(serde_json::to_string(&verdict)?),
+            Output::Text => result(words(&verdict)),
         }
-        Err(error) => {
-            say(format_args!("campaign: {error:#}"));
-            if error.is::<Missing>() { ExitCode::from(EXIT_NO_SERVERS) } else { ExitCode::FAILURE }
-        }
-    }
+        Ok(program::exit(verdict.is_good()))
+    })
 }
 
 async fn campaign(args: &Args) -> Result<Verdict> {
@@ -101,7 +97,7 @@ async fn campaign(args: &Args) -> Result<Verdict> {
     .await?;
     stage.control.with_way_back();
     // The machine is shared with the servers and the load: what is measured is told, not refused.
-    budget(&mut stage.control.config, &[("stall", "2s")]);
+    stage.control.budget(&[("stall", "2s")]);
     let mut load = WorkloadOptions::new(stage.ports(), args.clients);
     load.sessions.0 = args.sessions;
     load.writes_per_s = args.writes;
@@ -112,14 +108,14 @@ async fn campaign(args: &Args) -> Result<Verdict> {
 
 fn words(verdict: &Verdict) -> String {
     let Verdict { committed, cutovers, source_version, target_version, proxies, clients, sessions, .. } = verdict;
-    let Verdict { errors, lost, duplicated, two_sided, transactions, writes_acknowledged, .. } = verdict;
+    let Account { errors, lost, duplicated, two_sided, transactions, writes_acknowledged, .. } = &verdict.account;
     let line =
         |what: &str, of: &Stalls| format!("{what}: p50 {:.0} ms, p99 {:.0} ms, max {:.0} ms", of.p50, of.p99, of.max);
     let mut lines = vec![
         format!(
             "{committed} of {cutovers} cutovers between PostgreSQL {source_version} and {target_version} committed, through \
              {proxies} proxies, under {clients} clients ({sessions} in sessions of their own), {:.0} writes/s.",
-            verdict.writes_per_s
+            verdict.account.writes_per_s
         ),
         format!(
             "{errors} errors in {transactions} transactions; of {writes_acknowledged} acknowledged writes {lost} lost, \
@@ -130,11 +126,11 @@ fn words(verdict: &Verdict) -> String {
         line("Longest stall of each cutover", &verdict.stall_ms_max),
         line("Pauses", &verdict.pause_ms),
     ];
-    if !verdict.error_texts.is_empty() {
-        lines.push(format!("Errors: {:?}", verdict.error_texts));
+    if !verdict.account.error_texts.is_empty() {
+        lines.push(format!("Errors: {:?}", verdict.account.error_texts));
     }
-    if !verdict.audit.is_clean() {
-        lines.push(format!("WRONG: {}", verdict.audit));
+    if !verdict.account.audit.is_clean() {
+        lines.push(format!("WRONG: {}", verdict.account.audit));
     }
     lines.extend(verdict.story.clone());
     lines.join("\n")

@@ -10,13 +10,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
-use e2e::binaries::{Binaries, EXIT_NO_SERVERS, Missing, Network, Wanted};
+use e2e::account::Account;
+use e2e::binaries::{Binaries, Network, Wanted};
 use e2e::cluster::Commits;
 use e2e::control::Finished;
-use e2e::errors::tally;
 use e2e::ledger::Audit;
 use e2e::pair::{OTHER, PairOptions};
 use e2e::printer::{result, say};
+use e2e::program;
 use e2e::run_dir::RunDir;
 use e2e::samples::{Stalls, csv, now_us};
 use e2e::stage::{Serving, Stage};
@@ -116,17 +117,8 @@ struct Verdict {
     clients: u32,
     /// Those of them that are pooled by session.
     sessions: u32,
-    seconds: f64,
-    transactions: u64,
-    writes_acknowledged: usize,
-    writes_per_s: f64,
-    errors: usize,
-    error_texts: Vec<(String, usize)>,
-    lost: usize,
-    duplicated: usize,
-    /// Writes that the old server took after the new one, or that only the old one has.
-    two_sided: usize,
-    balanced: bool,
+    #[serde(flatten)]
+    account: Account,
     stall_ms: Stalls,
     /// The same before the cutover: what this machine does to clients anyway.
     stall_ms_before: Stalls,
@@ -135,8 +127,6 @@ struct Verdict {
     findings: Json,
     report_html: Option<PathBuf>,
     kept: Option<PathBuf>,
-    #[serde(skip)]
-    audit: Audit,
 }
 
 #[derive(Debug, Serialize)]
@@ -147,30 +137,22 @@ struct StepTime {
 
 impl Verdict {
     fn is_good(&self) -> bool {
-        self.outcome == "committed" && self.errors == 0 && self.audit.is_clean()
+        self.outcome == "committed" && self.account.is_good()
     }
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    let ended = runtime.context("starting the runtime").and_then(|runtime| runtime.block_on(interruptible(&args)));
-    match ended {
-        Ok(Some(verdicts)) => {
-            if args.repeat > 1 {
-                sum_up(args.output, &Campaign::of(&verdicts));
-            }
-            if verdicts.iter().all(Verdict::is_good) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-        }
-        Ok(None) => {
+    program::run("demo", async {
+        let Some(verdicts) = interruptible(&args).await? else {
             say("interrupted; servers and proxies are stopped");
-            ExitCode::from(130)
+            return Ok(ExitCode::from(130));
+        };
+        if args.repeat > 1 {
+            sum_up(args.output, &Campaign::of(&verdicts));
         }
-        Err(error) => {
-            say(format_args!("demo: {error:#}"));
-            if error.is::<Missing>() { ExitCode::from(EXIT_NO_SERVERS) } else { ExitCode::FAILURE }
-        }
-    }
+        Ok(program::exit(verdicts.iter().all(Verdict::is_good)))
+    })
 }
 
 /// Several demos in one line.
@@ -196,9 +178,9 @@ impl Campaign {
         Campaign {
             runs: verdicts.len(),
             committed: sum(|verdict| usize::from(verdict.outcome == "committed")),
-            errors: sum(|verdict| verdict.errors),
-            lost: sum(|verdict| verdict.lost),
-            duplicated: sum(|verdict| verdict.duplicated),
+            errors: sum(|verdict| verdict.account.errors),
+            lost: sum(|verdict| verdict.account.lost),
+            duplicated: sum(|verdict| verdict.account.duplicated),
             stall_ms_max_median: sorted.get(sorted.len() / 2).copied().unwrap_or_default(),
             stall_ms_max_worst: sorted.last().copied().unwrap_or_default(),
             stall_ms_max,
@@ -278,7 +260,7 @@ async fn demo(args: &Args) -> Result<Verdict> {
     }
     if !verdict.is_good() {
         say(control.story());
-        say(format_args!("ledger: {}", verdict.audit));
+        say(format_args!("ledger: {}", verdict.account.audit));
     }
     Ok(verdict)
 }
@@ -387,27 +369,15 @@ impl Cutover {
 }
 
 fn verdict(args: &Args, setup: &Setup, cutover: &Cutover, outcome: &Outcome, audit: Audit) -> Verdict {
-    let errors = outcome.errors();
     let stalls = |from_us, to_us| Stalls::over(outcome.samples().map(|(_, samples)| samples), None, (from_us, to_us));
     let Times { settled_us, from_us } = cutover.times;
-    let seconds = outcome.duration.as_secs_f64();
-    let acknowledged = u32::try_from(outcome.acknowledged()).unwrap_or(u32::MAX);
     Verdict {
         outcome: cutover.outcome(),
         source_version: setup.source_version.clone(),
         target_version: setup.target_version.clone(),
         clients: args.clients,
         sessions: args.pooling.sessions(args.clients),
-        seconds,
-        transactions: outcome.transactions,
-        writes_acknowledged: outcome.acknowledged(),
-        writes_per_s: f64::from(acknowledged) / seconds,
-        errors: errors.len(),
-        error_texts: tally(&errors),
-        lost: audit.lost.len(),
-        duplicated: audit.doubled.len() + audit.phantom.len(),
-        two_sided: audit.stranded.len() + audit.split.len(),
-        balanced: audit.imbalance == 0 && audit.orphaned == 0,
+        account: Account::of(outcome, audit),
         stall_ms: stalls(from_us, i64::MAX),
         stall_ms_before: stalls(settled_us, from_us),
         pause_ms: cutover.json.get("pause_ms").and_then(Json::as_f64),
@@ -415,7 +385,6 @@ fn verdict(args: &Args, setup: &Setup, cutover: &Cutover, outcome: &Outcome, aud
         findings: cutover.json.get("findings").cloned().unwrap_or_default(),
         report_html: None,
         kept: args.keep.then(|| RunDir::current().map(|run| run.path().to_owned()).unwrap_or_default()),
-        audit,
     }
 }
 
@@ -453,7 +422,8 @@ fn default_page() -> Result<PathBuf> {
 
 /// The verdict in plain words.
 fn words(verdict: &Verdict) -> String {
-    let Verdict { source_version, target_version, clients, sessions, errors, lost, duplicated, .. } = verdict;
+    let Verdict { source_version, target_version, clients, sessions, account, .. } = verdict;
+    let Account { errors, lost, duplicated, two_sided, audit, .. } = account;
     let mut lines = vec![match verdict.outcome.as_str() {
         "committed" => format!(
             "PostgreSQL {source_version} handed over to {target_version} under {clients} clients, \
@@ -462,14 +432,13 @@ fn words(verdict: &Verdict) -> String {
         other => format!("No cutover from PostgreSQL {source_version} to {target_version}: {other}."),
     }];
     lines.push(match errors {
-        0 => format!("No client saw an error in {} transactions.", verdict.transactions),
-        _ => format!("Clients saw {errors} errors: {:?}", verdict.error_texts),
+        0 => format!("No client saw an error in {} transactions.", account.transactions),
+        _ => format!("Clients saw {errors} errors: {:?}", account.error_texts),
     });
-    let clean = verdict.audit.is_clean();
-    lines.push(if clean {
-        format!("All {} acknowledged writes are there, each exactly once.", verdict.writes_acknowledged)
+    lines.push(if audit.is_clean() {
+        format!("All {} acknowledged writes are there, each exactly once.", account.writes_acknowledged)
     } else {
-        format!("WRONG: {lost} lost, {duplicated} doubled, {} on two sides. {}", verdict.two_sided, verdict.audit)
+        format!("WRONG: {lost} lost, {duplicated} doubled, {two_sided} on two sides. {audit}")
     });
     let (Stalls { p50, max, .. }, before) = (verdict.stall_ms, verdict.stall_ms_before.max);
     lines.push(format!(

@@ -11,6 +11,7 @@ use e2e::binaries::Binaries;
 use e2e::control::Control;
 use e2e::kills::{Cell, OUTAGE, Outcome, Victim};
 use e2e::printer::{result, say};
+use e2e::program;
 use futures_util::StreamExt;
 use serde_json::json;
 
@@ -53,15 +54,7 @@ enum Output {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    match runtime.context("starting the runtime").and_then(|runtime| runtime.block_on(matrix(&args))) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            say(format_args!("kills: {error:#}"));
-            ExitCode::FAILURE
-        }
-    }
+    program::run("kills", async { matrix(&args).await.map(program::exit) })
 }
 
 type Played = (Cell, Result<Outcome, String>);

@@ -14,6 +14,7 @@ use e2e::crossing::{Crossing, Report, Verdict};
 use e2e::drivers::course::{Pooling, Types};
 use e2e::drivers::ways::{WAYS, Way};
 use e2e::printer::{result, say};
+use e2e::program;
 
 /// Up, down, and one with 18.
 const PAIRS: [(u32, u32); 3] = [(13, 17), (17, 13), (16, 18)];
@@ -52,15 +53,7 @@ fn pair(text: &str) -> Result<(u32, u32), String> {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    match runtime.context("starting the runtime").and_then(|runtime| runtime.block_on(matrix(&args))) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            say(format_args!("matrix: {error:#}"));
-            ExitCode::FAILURE
-        }
-    }
+    program::run("matrix", async { matrix(&args).await.map(program::exit) })
 }
 
 /// Did every crossing hold?

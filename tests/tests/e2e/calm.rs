@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use e2e::control::Running;
 use e2e::pair::{APP, DATABASE, SOURCE, SUBSCRIPTION, TARGET};
 use nix::sys::signal::Signal;
-use toml::Value;
 
 use crate::theatre::{ABORTED, LIMIT, REFUSED, Theatre};
 
@@ -27,8 +26,7 @@ async fn until_said(running: &Running, words: &str) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_attempt_follows_an_abort_and_history_tells_of_both() {
     let mut theatre = Theatre::open(1).await;
-    let policy = toml::Table::from_iter([("back_off".to_owned(), Value::from("200ms"))]);
-    theatre.stage.control.config.insert("policy".to_owned(), Value::Table(policy));
+    theatre.stage.control.set("policy", "back_off", "200ms");
     // Gates are put on tables that nobody writes at that moment: so before the transaction.
     let armed = theatre.stage.control.run(&["cutover", "--stop-at", "before:calm"], LIMIT).await.unwrap();
     assert_eq!(armed.code, None, "{}", armed.story());

@@ -231,8 +231,7 @@ async fn a_source_that_stops_in_the_pause_leaves_it_undecided_until_it_is_back()
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn abort_ends_what_a_dead_proxyctl_left_and_report_tells_its_story() {
     let mut theatre = Theatre::open(2).await;
-    let budgets = theatre.stage.control.config["budgets"].as_table_mut().unwrap();
-    budgets.insert("lease".to_owned(), "10s".into());
+    theatre.stage.control.budget(&[("lease", "10s")]);
     let finished = theatre.stage.control.run(&["cutover", "--stop-at", "after:fenced"], LIMIT).await.unwrap();
     assert_eq!(finished.code, None);
     let asked = Instant::now();

@@ -41,9 +41,7 @@ impl Scene {
         // Nobody renews what a proxy holds by itself, and a loaded machine takes its time.
         let mut stage = Stage::with(pair, proxies, |options| options.setting("pause_lease", "9s")).await.unwrap();
         // Tests share a machine: what they measure is not the stall.
-        let budgets =
-            [("stall", "5s"), ("transaction_age_max", "60s")].map(|(key, value)| (key.to_owned(), value.into()));
-        stage.control.config.insert("budgets".to_owned(), Value::Table(Table::from_iter(budgets)));
+        stage.control.budget(&[("stall", "5s"), ("transaction_age_max", "60s")]);
         let mut load = WorkloadOptions::new(stage.ports(), 8);
         load.writes_per_s = 200;
         let load = Workload::start(&load).await.unwrap();
@@ -208,8 +206,7 @@ async fn a_proxy_that_nobody_listed_stops_a_cutover_or_holds_and_follows_by_poli
     finding(&refused.json().unwrap(), "red", "proxy instance p2");
     let status = scene.run("status").await.json().unwrap();
     assert_eq!((&status["unlisted"][0]["instance"], &status["unlisted"][0]["alive"]), (&"p2".into(), &true.into()));
-    let policy = Table::from_iter([("unlisted".to_owned(), Value::from("follow"))]);
-    scene.control().insert("policy".to_owned(), Value::Table(policy));
+    scene.stage.control.set("policy", "unlisted", "follow");
     let finished = scene.run("cutover").await;
     assert_eq!(finished.code, Some(DONE), "{}", finished.story());
     let json = finished.json().unwrap();

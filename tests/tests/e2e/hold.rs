@@ -20,7 +20,6 @@ use postgres_protocol::message::frontend;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_postgres::NoTls;
 use tokio_postgres::fallible_iterator::FallibleIterator;
-use toml::{Table, Value};
 
 use crate::armed::LIMIT;
 use crate::stand::{Stand, answered, eventually, hasty, refusal, said, sent, session_pooled};
@@ -234,8 +233,7 @@ async fn five_hundred_idle_and_fifty_active_clients_hold_through_a_cutover() {
     let pair = Pair::start(&Binaries::of(&[13, 17]).unwrap(), &PairOptions::new(13, 17)).await.unwrap();
     let mut stage = Stage::with(pair, 1, |options| options.setting("max_client_conn", 1000)).await.unwrap();
     // Tests share a machine: what they measure is not the stall.
-    let patient = Table::from_iter([("stall".to_owned(), Value::from("10s"))]);
-    stage.control.config.insert("budgets".to_owned(), Value::Table(patient));
+    stage.control.budget(&[("stall", "10s")]);
     let mut options = WorkloadOptions::new(stage.ports(), 50);
     (options.idle, options.probes) = (500, 0);
     let load = Workload::start(&options).await.unwrap();

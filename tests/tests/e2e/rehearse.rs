@@ -9,7 +9,6 @@ use e2e::pair::{DATABASE, PairOptions};
 use e2e::stage::{Serving, Stage};
 use e2e::workload::{Workload, WorkloadOptions};
 use serde_json::Value as Json;
-use toml::{Table, Value};
 
 /// A rehearsal, or a cutover.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -42,9 +41,7 @@ async fn traces(stage: &Stage) -> [String; 3] {
 async fn rehearsals(count: usize) {
     let mut stage = Stage::start(&Binaries::of(&[13, 17]).unwrap(), &PairOptions::new(13, 17), 2).await.unwrap();
     // Tests share a machine: what they measure is not the stall.
-    let budgets = [("stall", "5s"), ("transaction_age_max", "60s"), ("drain", "4s"), ("lease", "5s")];
-    let budgets = budgets.map(|(key, value)| (key.to_owned(), Value::from(value)));
-    stage.control.config.insert("budgets".to_owned(), Value::Table(Table::from_iter(budgets)));
+    stage.control.budget(&[("stall", "5s"), ("transaction_age_max", "60s"), ("drain", "4s"), ("lease", "5s")]);
     stage.control.with_way_back();
     let mut load = WorkloadOptions::new(stage.ports(), 8);
     load.writes_per_s = 200;
@@ -111,9 +108,7 @@ async fn forty_rehearsals_in_a_row_leave_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rehearsal_that_fails_is_an_abort_and_says_why() {
     let mut stage = Stage::start(&Binaries::of(&[13, 17]).unwrap(), &PairOptions::new(13, 17), 1).await.unwrap();
-    let budgets = [("stall", "5s"), ("transaction_age_max", "60s"), ("drain", "700ms"), ("lease", "2s")];
-    let budgets = budgets.map(|(key, value)| (key.to_owned(), Value::from(value)));
-    stage.control.config.insert("budgets".to_owned(), Value::Table(Table::from_iter(budgets)));
+    stage.control.budget(&[("stall", "5s"), ("transaction_age_max", "60s"), ("drain", "700ms"), ("lease", "2s")]);
     let armed = stage.control.run(&["rehearse", "--stop-at", "before:calm"], LIMIT).await.unwrap();
     assert_eq!(armed.code, None, "{}", armed.story());
     let client = stage.proxies[0].connect(e2e::pair::APP).await.unwrap();

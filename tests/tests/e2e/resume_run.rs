@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use e2e::control::{Control, Finished};
 use e2e::pair::{DATABASE, SOURCE, TARGET};
 use proxyctl::plan::{POINT_OF_NO_RETURN, Plan, Step};
-use toml::{Table, Value};
 
 use crate::theatre::{ABORTED, LIMIT, REFUSED, Theatre};
 
@@ -23,10 +22,8 @@ const FENCED: &str = "SELECT count(*) FROM pgcutover.gates WHERE form <> 'open'"
 
 async fn theatre() -> Theatre {
     let mut theatre = Theatre::open(2).await;
-    let budgets = theatre.stage.control.config["budgets"].as_table_mut().unwrap();
-    budgets.insert("lease".to_owned(), "10s".into());
-    let way_back = Table::from_iter([("enabled".to_owned(), Value::from(true))]);
-    theatre.stage.control.config.insert("way_back".to_owned(), Value::Table(way_back));
+    theatre.stage.control.budget(&[("lease", "10s")]);
+    theatre.stage.control.with_way_back();
     // What was left is asked for in the store, also where the first step never made one.
     assert_eq!(theatre.proxyctl(&["objects"]).await.code, Some(0));
     theatre

@@ -11,12 +11,11 @@ use e2e::cluster::Cluster;
 use e2e::control::Finished;
 use e2e::faults::FaultProxy;
 use e2e::pair::{APP, DATABASE, PGCUTOVER, PairOptions, SOURCE, SUBSCRIPTION, TARGET, password};
-use e2e::shuttle::{Shuttle, budget};
+use e2e::shuttle::Shuttle;
 use e2e::stage::Stage;
 use e2e::workload::WorkloadOptions;
 use pgcutover_api::store::{self, Name};
 use serde_json::Value as Json;
-use toml::Value;
 
 use crate::stand::eventually;
 
@@ -41,7 +40,7 @@ async fn open(majors: (u32, u32), proxies: u16) -> Stage {
     stage.control.with_way_back();
     // Tests share a machine: what they measure is not the stall.
     let budgets = [("stall", "5s"), ("transaction_age_max", "60s"), ("drain", "4s"), ("lease", "5s")];
-    budget(&mut stage.control.config, &budgets);
+    stage.control.budget(&budgets);
     stage
 }
 
@@ -97,7 +96,7 @@ async fn shuttles(majors: (u32, u32), proxies: u16, cutovers: u32) {
     load.writes_per_s = 150;
     let verdict = Shuttle { cutovers, load, between: 60 }.run(&stage).await.unwrap();
     assert!(verdict.is_good(), "{verdict:#?}");
-    assert!(verdict.writes_acknowledged > 60 * cutovers as usize);
+    assert!(verdict.account.writes_acknowledged > 60 * cutovers as usize);
     assert_eq!(verdict.crossings.iter().filter(|crossing| crossing.to == SOURCE).count(), cutovers as usize / 2);
 }
 
@@ -154,8 +153,7 @@ async fn a_rollback_with_nothing_written_goes_back_and_each_move_leaves_one_way_
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rollback_is_refused_while_the_way_back_is_broken_or_lags_or_was_never_made() {
     let mut stage = open((13, 17), 1).await;
-    let budgets = stage.control.config["budgets"].as_table_mut().unwrap();
-    budgets.insert("lag_bytes_max".to_owned(), Value::from(20_000));
+    stage.control.set("budgets", "lag_bytes_max", 20_000);
     says(&ends(&stage, &["rollback"], REFUSED).await, "served by blue", "proxyctl status");
     committed(&stage, "cutover", TARGET).await;
     let client = stage.proxies[0].connect(APP).await.unwrap();
@@ -193,10 +191,7 @@ async fn a_rollback_is_refused_while_the_way_back_is_broken_or_lags_or_was_never
     assert_eq!(client.number("SELECT count(*) FROM ledger").await.unwrap(), 1002);
 
     // Without one: what was never made can't be attached.
-    stage
-        .control
-        .config
-        .insert("way_back".to_owned(), Value::Table(toml::Table::from_iter([("enabled".to_owned(), false.into())])));
+    stage.control.set("way_back", "enabled", false);
     let report = ends(&stage, &["cutover"], DONE).await;
     assert_eq!(report["outcome"], "committed");
     says(&ends(&stage, &["rollback"], REFUSED).await, "nothing leads back", "proxyctl way-back attach");
@@ -249,7 +244,7 @@ async fn a_run_killed_between_decision_and_attachment_is_finished_by_the_next_co
 async fn abort_ends_what_a_dead_rollback_left_open() {
     let mut stage = open((13, 17), 1).await;
     committed(&stage, "cutover", TARGET).await;
-    budget(&mut stage.control.config, &[("lease", "10s")]);
+    stage.control.budget(&[("lease", "10s")]);
     ends_killed(&stage.control.run(&["rollback", "--stop-at", "after:fenced"], LIMIT).await.unwrap());
     let asked = std::time::Instant::now();
     let aborted = ends(&stage, &["abort"], DONE).await;
@@ -266,7 +261,7 @@ async fn abort_ends_what_a_dead_rollback_left_open() {
 async fn resume_run_takes_up_rollbacks_too() {
     let mut stage = open((13, 17), 1).await;
     committed(&stage, "cutover", TARGET).await;
-    budget(&mut stage.control.config, &[("lease", "10s")]);
+    stage.control.budget(&[("lease", "10s")]);
     ends_killed(&stage.control.run(&["rollback", "--stop-at", "after:way_back"], LIMIT).await.unwrap());
     assert_eq!(ends(&stage, &["resume-run"], ABORTED).await["outcome"], "aborted");
     assert_eq!(backend(&mut stage).await, TARGET);
@@ -358,7 +353,6 @@ async fn preflight_names_the_right_that_a_way_back_lacks() {
     target.run("ALTER TABLE ledger DROP CONSTRAINT ledger_pkey").await.unwrap();
     says(&ends(&stage, &["preflight"], REFUSED).await, "table public.ledger", "REPLICA IDENTITY FULL");
     source.run("DROP SCHEMA pgcutover_subscriber CASCADE").await.unwrap();
-    let off = toml::Table::from_iter([("enabled".to_owned(), false.into())]);
-    stage.control.config.insert("way_back".to_owned(), Value::Table(off));
+    stage.control.set("way_back", "enabled", false);
     ends(&stage, &["preflight"], DONE).await;
 }

@@ -6,11 +6,10 @@ use std::time::{Duration, Instant};
 
 use e2e::binaries::Binaries;
 use e2e::client::Client;
-use e2e::control::Running;
+use e2e::control::{Running, SHORT};
 use e2e::pair::{APP, DATABASE, PairOptions, SOURCE};
 use e2e::stage::{Serving, Stage};
 use e2e::workload::{Outcome, Workload, WorkloadOptions};
-use toml::{Table, Value};
 
 /// A cutover and whatever ends it.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
@@ -37,17 +36,7 @@ impl Theatre {
         let settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
         options.source.settings.extend(settings);
         let mut stage = Stage::start(&Binaries::of(&[13, 17]).unwrap(), &options, proxies).await.unwrap();
-        let budgets = [
-            ("drain", "700ms"),
-            ("lease", "1s"),
-            ("renew", "200ms"),
-            ("catch_up", "3s"),
-            // Tests share a machine: what they measure is not the stall.
-            ("stall", "5s"),
-            ("transaction_age_max", "60s"),
-        ];
-        let budgets = budgets.map(|(key, value)| (key.to_owned(), Value::from(value)));
-        stage.control.config.insert("budgets".to_owned(), Value::Table(Table::from_iter(budgets)));
+        stage.control.budget(&SHORT);
         let mut load = WorkloadOptions::new(stage.ports(), 8);
         load.writes_per_s = 200;
         let load = Workload::start(&load).await.unwrap();
@@ -57,10 +46,7 @@ impl Theatre {
 
     /// Lets the drain last as long as a fault that is made meanwhile may take on a loaded machine.
     pub(crate) fn patient(&mut self) {
-        let budgets = self.stage.control.config.get_mut("budgets").and_then(Value::as_table_mut).unwrap();
-        for (key, value) in [("drain", "5s"), ("lease", "6s")] {
-            budgets.insert(key.to_owned(), value.into());
-        }
+        self.stage.control.budget(&[("drain", "5s"), ("lease", "6s")]);
     }
 
     /// Opens a transaction through the first proxy and starts a cutover, which comes to wait for it: from then on the

@@ -10,7 +10,6 @@ use futures_util::StreamExt;
 use pgcutover_api::store::Outcome;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_postgres::{AsyncMessage, Config, NoTls, Statement};
-use toml::{Table, Value};
 
 use crate::armed::LIMIT;
 use crate::stand::{Answer, Stand, WHERE, answered, claim, eventually, pause, sent, session_pooled};
@@ -203,8 +202,7 @@ async fn a_session_goes_through_a_whole_cutover() {
     let pair = Pair::start(&Binaries::of(&[13, 17]).unwrap(), &PairOptions::new(13, 17)).await.unwrap();
     let mut stage = Stage::with(pair, 2, |options| session_pooled(options, APP)).await.unwrap();
     // Tests share a machine: what they measure is not the stall.
-    let patient = Table::from_iter([("stall".to_owned(), Value::from("10s"))]);
-    stage.control.config.insert("budgets".to_owned(), Value::Table(patient));
+    stage.control.budget(&[("stall", "10s")]);
     let mut sessions = Vec::new();
     for n in 0..6 {
         let (client, heard) = listener(stage.proxies[n % 2].port()).await;
@@ -411,9 +409,7 @@ async fn no_notification_is_lost_across_a_switch() {
 async fn proxyctl_names_what_cannot_move_and_waits_for_what_may() {
     let pair = Pair::start(&Binaries::of(&[13, 17]).unwrap(), &PairOptions::new(13, 17)).await.unwrap();
     let mut stage = Stage::with(pair, 1, |options| session_pooled(options, APP)).await.unwrap();
-    let patient = [("stall", "10s"), ("drain", "5s"), ("lease", "6s")];
-    let patient = patient.map(|(key, value)| (key.to_owned(), Value::from(value)));
-    stage.control.config.insert("budgets".to_owned(), Value::Table(Table::from_iter(patient)));
+    stage.control.budget(&[("stall", "10s"), ("drain", "5s"), ("lease", "6s")]);
     let stuck = stage.proxies[0].connect(APP).await.unwrap();
     stuck.run("SET application_name = 'reports'; CREATE TEMP TABLE mine (n int)").await.unwrap();
     let sessions = stage.control.run(&["sessions", "--look"], LIMIT).await.unwrap();

@@ -11,7 +11,6 @@ use e2e::pair::{APP, Pair, PairOptions};
 use e2e::stage::Stage;
 use tokio_postgres::Statement;
 use tokio_util::sync::CancellationToken;
-use toml::{Table, Value};
 
 use crate::armed::LIMIT;
 use crate::stand::{WHERE, session_pooled};
@@ -81,8 +80,7 @@ async fn many_sessions_under_load_move_without_an_error() {
     .await
     .unwrap();
     // Tests share a machine: what they measure is not the stall.
-    let patient = Table::from_iter([("stall".to_owned(), Value::from("10s"))]);
-    stage.control.config.insert("budgets".to_owned(), Value::Table(patient));
+    stage.control.budget(&[("stall", "10s")]);
     let stop = CancellationToken::new();
     let mut tasks = Vec::new();
     for n in 1..=count {

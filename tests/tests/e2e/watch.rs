@@ -36,6 +36,21 @@ async fn on_green(stand: &Stand, turn: &Turn) {
     assert!(witnessed(stand, turn).await);
 }
 
+/// The epoch is committed, and the evidence is on its target.
+async fn commit(stand: &Stand, turn: &Turn) {
+    decide(stand, turn, Outcome::Commit).await;
+    stand.green().witness(turn, &Name::new(TARGET).unwrap(), LIMIT).await.unwrap();
+}
+
+/// The proxy holds for an epoch, loses its source, and misses that the epoch was aborted and another one opened: that one.
+async fn slept_through_an_abort(stand: &Stand, relay: &FaultProxy) -> Turn {
+    let missed = stand.open().await;
+    stand.ask(&pause(&missed)).await;
+    relay.shut();
+    decide(stand, &missed, Outcome::Abort).await;
+    stand.open().await
+}
+
 /// A stand whose proxy reaches the source through a relay that can break.
 async fn behind_a_relay() -> (Stand, FaultProxy) {
     let mut stand = Stand::armed(MAJORS, |_, _| ()).await;
@@ -182,8 +197,7 @@ async fn evidence_on_the_target_counts_when_the_source_is_gone() {
     let turn = stand.open().await;
     stand.ask(&pause(&turn)).await;
     relay.shut();
-    decide(&stand, &turn, Outcome::Commit).await;
-    stand.green().witness(&turn, &Name::new(TARGET).unwrap(), LIMIT).await.unwrap();
+    commit(&stand, &turn).await;
     on_green(&stand, &turn).await;
     relay.cut(Cut::Reset);
 }
@@ -192,13 +206,8 @@ async fn evidence_on_the_target_counts_when_the_source_is_gone() {
 #[tokio::test]
 async fn who_missed_an_abort_follows_the_commit_that_came_after_it() {
     let (stand, relay) = behind_a_relay().await;
-    let missed = stand.open().await;
-    stand.ask(&pause(&missed)).await;
-    relay.shut();
-    decide(&stand, &missed, Outcome::Abort).await;
-    let turn = stand.open().await;
-    decide(&stand, &turn, Outcome::Commit).await;
-    stand.green().witness(&turn, &Name::new(TARGET).unwrap(), LIMIT).await.unwrap();
+    let turn = slept_through_an_abort(&stand, &relay).await;
+    commit(&stand, &turn).await;
     on_green(&stand, &turn).await;
     relay.cut(Cut::Reset);
 }
@@ -207,11 +216,7 @@ async fn who_missed_an_abort_follows_the_commit_that_came_after_it() {
 #[tokio::test]
 async fn who_learns_of_an_abort_late_holds_on_for_the_epoch_after_it() {
     let (stand, relay) = behind_a_relay().await;
-    let missed = stand.open().await;
-    stand.ask(&pause(&missed)).await;
-    relay.shut();
-    decide(&stand, &missed, Outcome::Abort).await;
-    let turn = stand.open().await;
+    let turn = slept_through_an_abort(&stand, &relay).await;
     let held = sent(stand.client().await, WHERE);
     stand.gate_says("held_clients", "1").await;
     relay.reopen();
@@ -229,8 +234,7 @@ async fn who_starts_with_a_stale_route_and_no_source_finds_the_evidence() {
     stand.client().await.run("SELECT 1").await.unwrap();
     stand.proxy.kill9();
     let turn = stand.open().await;
-    decide(&stand, &turn, Outcome::Commit).await;
-    stand.green().witness(&turn, &Name::new(TARGET).unwrap(), LIMIT).await.unwrap();
+    commit(&stand, &turn).await;
     relay.shut();
     stand.kill_and_restart().await;
     on_green(&stand, &turn).await;
