@@ -5,6 +5,7 @@
 
 mod prepare;
 mod probe;
+mod ready;
 mod reason;
 mod restore;
 mod sequences;
@@ -164,12 +165,18 @@ pub async fn restore(
     Box::pin(restore::write(server, snapshot, tickets, deadline)).await
 }
 
-/// Makes a copy ready for [`touch_up`], so that it takes less time under a pause.
+/// Makes a copy of a session ready for [`touch_up`] and for its client, so that both take less time under a pause and right
+/// after it.
 ///
 /// # Errors
-/// [`ServerError`]: where it is a refusal the copy is as good as before.
-pub async fn get_ready(server: &mut ServerConnection, deadline: Instant) -> Result<(), ServerError> {
-    restore::get_ready(server, deadline).await
+/// [`ServerError::Broken`] and [`ServerError::Timeout`]: the connection is lost. A refusal is none: the copy is as good as
+/// before.
+pub async fn get_ready(
+    server: &mut ServerConnection,
+    snapshot: &Snapshot,
+    deadline: Instant,
+) -> Result<(), ServerError> {
+    Box::pin(restore::get_ready(server, snapshot, deadline)).await
 }
 
 /// Brings a connection that was made a copy of `made` up to `snapshot`, where they differ in sequences only; `false`: in

@@ -18,8 +18,8 @@ use crate::route::Active;
 use crate::transplant;
 use crate::transplant::{RestoreError, Snapshot, Survey, Ticket};
 
-/// Drafts that are made at a time, while the servers do their work.
-const AT_ONCE: usize = 4;
+/// Drafts that are made at a time, while the servers do their work: more would be felt by clients.
+const AT_ONCE: usize = 2;
 
 /// How long restoring one session may take.
 const RESTORE: Duration = Duration::from_secs(2);
@@ -78,6 +78,8 @@ impl Database {
         if let Some(mut draft) = present
             && right(&mut draft)
         {
+            // Since it was made the backend's schema may have changed, and its server process has to plan anew.
+            get_ready(&mut draft.successor, &snapshot).await;
             lock(&self.drafts).insert(id, draft);
             return;
         }
@@ -87,9 +89,7 @@ impl Database {
         let made = Arc::new(snapshot.without_sequences());
         match copy(&pool, target, &made, &[]).await {
             Ok(Ok(mut successor)) => {
-                if snapshot.uses_sequences() {
-                    get_ready(&mut successor).await;
-                }
+                get_ready(&mut successor, &snapshot).await;
                 let draft = Draft { backend: target.backend.clone(), made, successor };
                 lock(&self.drafts).insert(id, draft);
             }
@@ -123,14 +123,14 @@ impl Database {
     }
 }
 
-/// What a session's use of sequences will need is there when clients wait for it.
-async fn get_ready(successor: &mut Successor) {
+/// What a session will need of its server is there when clients wait for it.
+async fn get_ready(successor: &mut Successor, snapshot: &Snapshot) {
     let deadline = tokio::time::Instant::now() + READY;
     if let Some(server) = successor.server()
-        && let Err(error) = transplant::get_ready(server, deadline).await
+        && let Err(error) = transplant::get_ready(server, snapshot, deadline).await
     {
         // A broken connection is found when the draft is wanted.
-        tracing::debug!(%error, "a copy will use its sequences unprepared");
+        tracing::debug!(%error, "a copy was lost while it was made ready");
     }
 }
 

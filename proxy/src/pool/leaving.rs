@@ -14,6 +14,9 @@ use crate::pool::{Pool, Site, lock};
 /// How long they wait for the gate to open: then they close, whatever it does.
 const HELD_MAX: Duration = Duration::from_secs(2);
 
+/// Time for the clients that were held: their first statements come all at once.
+const FIRST_STATEMENTS: Duration = Duration::from_millis(500);
+
 /// All are closed in about this many steps, of [`STEP`] each.
 const STEPS: usize = 200;
 
@@ -40,6 +43,8 @@ impl Pool {
 async fn see_off(site: Arc<Site>) {
     // Ended by RESUME, or else by the time: either way they close.
     let _ = tokio::time::timeout(HELD_MAX, opened(&site.gate)).await;
+    // reason: a pace, not a wait for something.
+    tokio::time::sleep(FIRST_STATEMENTS).await;
     let some = lock(&site.leaving.queue).len().div_ceil(STEPS);
     loop {
         for _ in 0..some {

@@ -16,7 +16,7 @@ use crate::transplant::Reason;
 use crate::transplant::RestoreError;
 use crate::transplant::Ticket;
 use crate::transplant::probe::{self, Failure, Found};
-use crate::transplant::sequences;
+use crate::transplant::ready;
 use crate::transplant::snapshot::{Kind, Lock, Mode, Origin, Prepared, Snapshot, TypeName};
 
 const ENCODING: &[u8] = b"client_encoding";
@@ -67,11 +67,15 @@ pub(super) async fn touch_up(
     snapshot.sequences.check_said(&answers)
 }
 
-/// Makes a copy ready for [`touch_up`].
-pub(super) async fn get_ready(server: &mut ServerConnection, deadline: Instant) -> Result<(), ServerError> {
+/// Makes a copy ready for [`touch_up`] and for its client.
+pub(super) async fn get_ready(
+    server: &mut ServerConnection,
+    snapshot: &Snapshot,
+    deadline: Instant,
+) -> Result<(), ServerError> {
     let mut batch = Batch::default();
-    sequences::get_ready(&mut batch);
-    accepted(server.converse(batch, Asides::Notifications, deadline).await?).map(drop)
+    ready::say(&mut batch, snapshot);
+    server.converse(batch, Asides::Notifications, deadline).await.map(drop)
 }
 
 /// Settings, role, channels, sequences, locks; gives the OIDs of the statements' types.

@@ -30,12 +30,6 @@ impl Snapshot {
         self.state == other.state && self.statements == other.statements
     }
 
-    /// Whether it has used a sequence.
-    #[must_use]
-    pub fn uses_sequences(&self) -> bool {
-        !self.sequences.is_empty()
-    }
-
     /// Without what the session knows of sequences.
     #[must_use]
     pub fn without_sequences(&self) -> Snapshot {
