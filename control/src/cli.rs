@@ -61,6 +61,8 @@ enum Verb {
     Report(commands::report::Report),
     /// What runs there were: when, by whom, how they ended, how long clients were held.
     History(commands::history::History),
+    /// Keep a PgBouncer, beside it: hold, point it elsewhere and let go as the store says.
+    WatchPgbouncer(commands::watch_pgbouncer::WatchPgbouncer),
     /// Our tables and gates in the databases: print, install or remove them.
     Objects(commands::objects::Objects),
     /// Completions for a shell.
@@ -108,6 +110,7 @@ async fn perform(cli: Cli, printer: Printer) -> anyhow::Result<Exit> {
         Verb::Rehearse(rehearsal) => rehearsal.run(Goal::Rehearsal, context()?).await,
         Verb::Rollback(rollback) => rollback.run(context()?).await,
         Verb::WayBack(way_back) => way_back.run(&context()?).await,
+        Verb::WatchPgbouncer(watch) => watch.run(&context()?).await,
         Verb::Report(report) => report.run(&context()?),
         Verb::History(history) => history.run(&context()?),
         Verb::Objects(objects) => objects.run(&context()?).await,

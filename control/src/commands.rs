@@ -31,6 +31,7 @@ pub mod rollback;
 pub mod sessions;
 pub mod status;
 pub mod switch;
+pub mod watch_pgbouncer;
 pub mod way_back;
 
 /// What every verb gets.

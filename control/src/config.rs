@@ -16,7 +16,7 @@ use pgcutover_api::command::OnTimeout;
 use pgcutover_api::store::Name;
 use toml::Table;
 
-use crate::config::members::{ProxyEntry, UNLISTED, Unlisted};
+use crate::config::members::{BouncerEntry, ProxyEntry, UNLISTED, Unleased, Unlisted};
 use crate::config::section::{Checked, Section, Wrong, with_source, wrong};
 
 pub use crate::config::way_back::WayBack;
@@ -41,6 +41,8 @@ pub struct Config {
     pub target: Side,
     /// Every proxy that serves the database, or where to find it.
     pub proxies: Vec<ProxyEntry>,
+    /// Every PgBouncer that serves the database.
+    pub bouncers: Vec<BouncerEntry>,
     /// How changes get from source to target.
     pub replication: Replication,
     /// Deadlines and limits.
@@ -194,6 +196,8 @@ pub struct Policy {
     pub back_off: Duration,
     /// What becomes of proxies that nobody listed.
     pub unlisted: Unlisted,
+    /// What becomes of PgBouncers that nobody keeps.
+    pub unleased: Unleased,
 }
 
 /// What is wrong with a configuration.
@@ -241,15 +245,22 @@ fn read(path: &Path, text: &str) -> Checked<Config> {
     let mut root = Section::root(table);
     let beside = path.parent().unwrap_or(Path::new("."));
     let database = root.required("database", Section::text)?;
+    let source = root.section("source")?.ok_or_else(|| wrong("source", "is missing: the server to move away from"))?;
+    let target = root.section("target")?.ok_or_else(|| wrong("target", "is missing: the server to move to"))?;
+    let (source, target) = (side(source)?, side(target)?);
     let config = Config {
         path: path.to_owned(),
         route: Name::new(&database).map_err(|error| wrong("database", error.to_string()))?,
-        database,
         journal_dir: beside.join(root.text("journal_dir")?.unwrap_or_else(|| "runs".to_owned())),
-        source: side(
-            root.section("source")?.ok_or_else(|| wrong("source", "is missing: the server to move away from"))?,
+        bouncers: members::bouncers(
+            root.sections("pgbouncer")?,
+            &database,
+            [&source.endpoint, &target.endpoint],
+            beside,
         )?,
-        target: side(root.section("target")?.ok_or_else(|| wrong("target", "is missing: the server to move to"))?)?,
+        source,
+        target,
+        database,
         proxies: members::proxies(root.sections("proxies")?)?,
         replication: replication(root.section("replication")?)?,
         budgets: budgets(root.section("budgets")?)?,
@@ -354,6 +365,7 @@ fn policy(section: Option<Section>) -> Checked<Policy> {
         attempts: 1,
         back_off: Duration::from_secs(5),
         unlisted: Unlisted::Refuse,
+        unleased: Unleased::Refuse,
     };
     let Some(mut section) = section else { return Ok(default) };
     let policy = Policy {
@@ -364,6 +376,7 @@ fn policy(section: Option<Section>) -> Checked<Policy> {
         attempts: section.small("attempts")?.unwrap_or(default.attempts),
         back_off: section.duration("back_off")?.unwrap_or(default.back_off),
         unlisted: section.choice("unlisted", UNLISTED)?.unwrap_or(default.unlisted),
+        unleased: if section.flag("accept_unleased")?.unwrap_or(false) { Unleased::Keep } else { default.unleased },
     };
     section.finish()?;
     Ok(policy)
@@ -379,8 +392,18 @@ fn check_names(config: &Config) -> Checked<()> {
     if config.source.backend == config.target.backend {
         return Err(wrong("target.backend", "is the source's: a cutover needs two backends of different names"));
     }
-    if config.proxies.is_empty() {
+    if config.proxies.is_empty() && config.bouncers.is_empty() {
         return Err(wrong("proxies", "is missing: name every proxy that serves the database in a [[proxies]] table"));
+    }
+    let twice = config.bouncers.iter().find(|bouncer| config.proxies.iter().any(|proxy| proxy.name == bouncer.name));
+    if let Some(bouncer) = twice {
+        return Err(wrong("pgbouncer.name", format!("'{}' names a proxy too", bouncer.name)));
+    }
+    // A cancel through a paused PgBouncer is kept back until RESUME, and its pids are not ours to signal.
+    if !config.bouncers.is_empty() && config.policy.on_timeout != OnTimeout::Abort {
+        let reason = "must be 'abort' where a [[pgbouncer]] takes part: a paused PgBouncer cancels nothing; end long \
+                      transactions before, or raise budgets.drain";
+        return Err(wrong("policy.on_timeout", reason));
     }
     Ok(())
 }
@@ -442,7 +465,7 @@ impl Budgets {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::members::Find;
+    use crate::config::members::{Find, Point};
 
     const LEAST: &str = r#"
 database = "app"
@@ -557,6 +580,31 @@ dsn = "host=127.0.0.1 port=6432 user=admin password=secret dbname=pgcutover"
         assert_eq!(entry("members", "host=proxies.internal"), refused);
         assert_eq!(entry("members", "port=6432"), refused);
         assert_eq!(entry("srv", "host=h"), Err("proxies.find".to_owned()));
+    }
+
+    #[test]
+    fn a_pgbouncer_says_how_it_is_pointed_elsewhere() {
+        let entry = |tail: &str| {
+            let text = with(&format!("[[pgbouncer]]\nname = 'b1'\ndsn = 'host=h port=6432 dbname=pgbouncer'\n{tail}"));
+            Config::parse(Path::new("/etc/cutover.toml"), &text)
+                .map(|config| config.bouncers)
+                .map_err(|error| error.key)
+        };
+        let both = "template = 't.ini'\nfile = '/etc/pgbouncer.ini'\ntarget = 'host=green port=6'\n";
+        let [bouncer] = &entry(both).unwrap()[..] else { panic!("one") };
+        assert_eq!((bouncer.database.as_str(), bouncer.source.to_string().as_str()), ("app", "127.0.0.1:5433/app"));
+        assert_eq!(bouncer.target.to_string(), "green:6/app");
+        let paths = Point::Template { template: "/etc/t.ini".into(), file: "/etc/pgbouncer.ini".into() };
+        assert_eq!(bouncer.point, paths);
+        assert!(entry("command = ['ssh', 'b1', 'point', '{host}']\n").is_ok());
+        for bad in ["", "template = 't'\n", "file = 'f'\n", "template = 't'\nfile = 'f'\ncommand = ['x']\n"] {
+            assert_eq!(entry(bad).unwrap_err(), "pgbouncer.template", "{bad}");
+        }
+        assert_eq!(entry("command = ['x']\nsource = 'host=/run'\n").unwrap_err(), "pgbouncer.source");
+        assert_eq!(entry("command = ['x']\n[policy]\non_timeout = 'cancel'\n").unwrap_err(), "policy.on_timeout");
+        assert!(entry("command = ['x']\n[policy]\non_timeout = 'abort'\n").is_ok());
+        let namesake = "command = ['x']\n[[proxies]]\nname = 'b1'\ndsn = 'host=h port=6432 dbname=pgcutover'\n";
+        assert_eq!(entry(namesake).unwrap_err(), "pgbouncer.name");
     }
 
     #[test]

@@ -2,8 +2,9 @@
 //!
 //! # Life of a cutover
 //! [`cli`] reads what was typed, [`commands`] picks the work, [`engine`] walks the steps of [`plan`]: the intent goes to the
-//! [`journal`], the step of [`steps`] acts on [`clusters`] and [`proxies`] (whoever the [`roster`] finds), the outcome goes to
-//! the journal; [`state`] says which [`event`] may follow which; [`standing`] says what the store knows of a run that broke off.
+//! [`journal`], the step of [`steps`] acts on [`clusters`] and [`proxies`] (whoever the [`roster`] finds; [`bouncers`] are
+//! kept), the outcome goes to the journal; [`state`] says which [`event`] may follow which; [`standing`] says what the store
+//! knows of a run that broke off.
 //! Before the decision every failure ends with `decide(abort)` and traffic on the source;
 //! after it everything goes forward. [`report`] is folded from the journal alone.
 //!
@@ -21,6 +22,7 @@ pub mod state;
 pub mod event;
 pub mod plan;
 pub mod roster;
+pub mod bouncers;
 pub mod clusters;
 pub mod proxies;
 pub mod dial;

@@ -9,7 +9,7 @@ mod types;
 
 pub use crate::preflight::checks::checks;
 pub use crate::preflight::facts::{
-    Attempt, ClusterFacts, Control, Facts, Inquiry, Limits, LoginRole, LoginVerdict, OidChange, ProxyBackend,
-    ProxyFacts, ReplicationFacts, Session, StoreFacts, Verdict, Verifiers, gather,
+    Attempt, BouncerFacts, ClusterFacts, Control, Facts, Inquiry, Limits, LoginRole, LoginVerdict, OidChange,
+    ProxyBackend, ProxyFacts, ReplicationFacts, Session, StoreFacts, Verdict, Verifiers, Watched, gather,
 };
 pub use crate::preflight::types::{Kind, Rank, TypeFacts, TypeName, Types};

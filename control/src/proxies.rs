@@ -436,6 +436,11 @@ impl Leases {
         self.confirmed.store(true, Ordering::Release);
     }
 
+    /// Renews something else for as long.
+    pub fn also(&mut self, renewing: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.spawn(renewing);
+    }
+
     /// Stops renewing, once what is under way is answered or given up.
     pub async fn stop(mut self) {
         self.tasks.shutdown().await;

@@ -135,10 +135,11 @@ pub async fn members(cluster: &Cluster, config: &Config) -> Result<Vec<Member>, 
     cluster.members(&config.route, LOOK).await
 }
 
-/// Living members that are not of this fleet.
+/// Living members that are not of this fleet, nor keepers of its PgBouncers.
 pub async fn unmet(fleet: &Fleet, cluster: &Cluster, config: &Config) -> Result<Vec<Member>, ClusterError> {
+    let is_kept = |member: &Member| config.bouncers.iter().any(|entry| entry.name == member.instance);
     let mut members = members(cluster, config).await?;
-    members.retain(|member| is_alive(member) && !fleet.has_instance(&member.instance));
+    members.retain(|member| is_alive(member) && !fleet.has_instance(&member.instance) && !is_kept(member));
     Ok(members)
 }
 

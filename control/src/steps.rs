@@ -9,6 +9,7 @@ use std::time::Duration;
 use pgcutover_api::epoch::{Claim, Lease, RunId};
 use pgcutover_api::store::{Identity, Name, Turn};
 
+use crate::bouncers::Keepers;
 use crate::clusters::way_back::epoch_of as way_back_of;
 use crate::clusters::{Cluster, ClusterError, Clusters, Subscription};
 use crate::config::Config;
@@ -36,6 +37,7 @@ pub mod drift;
 pub mod inspection;
 pub mod reverse;
 pub mod install;
+pub mod kept;
 
 /// Everything a step acts on.
 pub struct Scene {
@@ -63,6 +65,8 @@ pub struct Scene {
     pub open_is_unknown: bool,
     /// Renewals, while clients are held.
     pub leases: Option<Leases>,
+    /// Keepers of PgBouncers within this process, if nobody else keeps them.
+    pub keepers: Option<Keepers>,
     /// Beats from `armed` on.
     pub heartbeat: Option<heartbeat::Heartbeat>,
     /// Proxies that could not be reached when a broken-off run was taken up.
@@ -85,6 +89,7 @@ impl Scene {
             claim: None,
             open_is_unknown: false,
             leases: None,
+            keepers: None,
             heartbeat: None,
             absent: Vec::new(),
             config,

@@ -85,17 +85,33 @@ impl Bouncer {
         );
         let file = dir.join("pgbouncer.ini");
         fs::write(&file, settings)?;
-        let user = ServerUser::current()?;
         for owned in [dir.clone(), dir.join("userlist.txt"), file.clone()] {
-            user.own(&owned)?;
+            ServerUser::current()?.own(&owned)?;
         }
-        let mut command = user.command(program);
-        command.arg(&file);
-        let process = Process::spawn(command, "pgbouncer", &dir.join("pgbouncer.log"), Signal::SIGINT)?;
+        let process = spawn(program, &dir)?;
         let mut bouncer = Bouncer { process, port, dir };
-        let listening = || std::net::TcpStream::connect(("127.0.0.1", number)).ok();
-        bouncer.process.until("listening", START_LIMIT, listening).await?;
+        bouncer.listens().await?;
         Ok(bouncer)
+    }
+
+    async fn listens(&mut self) -> Result<()> {
+        let number = self.port.number();
+        let listening = || std::net::TcpStream::connect(("127.0.0.1", number)).ok();
+        self.process.until("listening", START_LIMIT, listening).await.map(drop)
+    }
+
+    /// Kills it at once.
+    pub fn kill9(&mut self) {
+        self.process.kill9();
+    }
+
+    /// Starts it again with its file as it is now.
+    ///
+    /// # Errors
+    /// As [`Bouncer::start`].
+    pub async fn restart(&mut self) -> Result<()> {
+        self.process = spawn(Bouncer::program().context("no pgbouncer")?, &self.dir)?;
+        self.listens().await
     }
 
     /// TCP port on 127.0.0.1.
@@ -122,4 +138,10 @@ impl Bouncer {
         config.host("127.0.0.1").port(self.port()).user(user).password(password(user)).dbname(database);
         Client::connect(&config).await.with_context(|| format!("connecting to PgBouncer as {user}"))
     }
+}
+
+fn spawn(program: &Path, dir: &Path) -> Result<Process> {
+    let mut command = ServerUser::current()?.command(program);
+    command.arg(dir.join("pgbouncer.ini"));
+    Process::spawn(command, "pgbouncer", &dir.join("pgbouncer.log"), Signal::SIGINT)
 }

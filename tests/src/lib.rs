@@ -15,6 +15,7 @@ pub mod crossing;
 pub mod shuttle;
 pub mod kills;
 pub mod account;
+pub mod kept;
 pub mod stage;
 pub mod faults;
 pub mod workload;

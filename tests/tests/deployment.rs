@@ -1,4 +1,4 @@
-//! What `config/` offers for Kubernetes and systemd: it parses, the proxy takes the configuration in it, and the two agree.
+//! What `config/` offers for Kubernetes and systemd: it parses, the programs take the configuration in it, and the two agree.
 //!
 //! Invariant: reads files only; no cluster and no service manager is touched.
 
@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use clap::Parser;
 use pgcutover::config::Config;
+use proxyctl::config::members::Point;
 use saphyr::{LoadableYamlNode, Yaml};
 use tempfile::TempDir;
 
@@ -174,37 +176,81 @@ fn a_container_can_do_no_more_than_it_needs_and_its_state_outlives_it() {
     });
 }
 
-/// The values of a key of the unit, in order.
-fn unit(key: &str) -> Vec<String> {
-    let text = read("config/systemd/pgcutover.service");
-    let prefix = format!("{key}=");
-    text.lines().filter_map(|line| line.strip_prefix(&prefix)).map(str::to_owned).collect()
+/// A unit of systemd.
+struct Unit(String);
+
+impl Unit {
+    fn of(name: &str) -> Unit {
+        Unit(read(&format!("config/systemd/{name}")))
+    }
+
+    /// The values of a key, in order.
+    fn values(&self, key: &str) -> Vec<&str> {
+        let prefix = format!("{key}=");
+        self.0.lines().filter_map(|line| line.strip_prefix(prefix.as_str())).collect()
+    }
+
+    fn seconds(&self, key: &str) -> Duration {
+        Duration::from_secs(self.values(key)[0].parse().unwrap_or_else(|error| panic!("{key}: {error}")))
+    }
 }
+
+const PROXY: &str = "pgcutover.service";
+const KEEPER: &str = "pgcutover-keeper@.service";
 
 #[test]
 fn the_unit_agrees_with_the_proxys_defaults_and_with_its_exit_codes() {
     let config = Config::load(&root().join("config/pgcutover.toml")).unwrap_or_else(|error| panic!("{error}"));
-    let general = config.general;
-    assert_eq!(general.state_dir, Path::new("/var/lib").join(&unit("StateDirectory")[0]));
-    let patience: u64 = unit("TimeoutStopSec")[0].parse().unwrap();
-    assert!(Duration::from_secs(patience) > 2 * (general.hold_budget + general.drain_timeout));
-    assert_eq!((unit("KillSignal"), unit("RestartPreventExitStatus")), (vec!["SIGTERM".into()], vec!["2".into()]));
+    let (general, unit) = (config.general, Unit::of(PROXY));
+    assert_eq!(general.state_dir, Path::new("/var/lib").join(unit.values("StateDirectory")[0]));
+    assert!(unit.seconds("TimeoutStopSec") > 2 * (general.hold_budget + general.drain_timeout));
+    assert_eq!((unit.values("KillSignal"), unit.values("RestartPreventExitStatus")), (vec!["SIGTERM"], vec!["2"]));
     // It does not speak the service manager's protocol.
-    assert_eq!(unit("Type"), ["exec"]);
-    assert!(unit("ExecReload").iter().any(|command| command.contains("-HUP")));
+    assert_eq!(unit.values("Type"), ["exec"]);
+    assert!(unit.values("ExecReload").iter().any(|command| command.contains("-HUP")));
     let file = "/etc/pgcutover/pgcutover.toml";
-    assert!(unit("ExecStart")[0].ends_with(file) && unit("ExecStartPre")[0].ends_with(&format!("--check {file}")));
+    let (start, before) = (unit.values("ExecStart")[0], unit.values("ExecStartPre")[0]);
+    assert!(start.ends_with(file) && before.ends_with(&format!("--check {file}")));
+}
+
+/// `[[pgbouncer]]` is a comment there, because few have one.
+#[test]
+fn the_keepers_unit_runs_a_verb_that_there_is_and_may_write_the_file_of_the_example() {
+    let path = root().join("config/cutover.toml");
+    let text = read("config/cutover.toml");
+    let (_, example) = text.split_once("# [[pgbouncer]]").expect("an example of a PgBouncer");
+    let lines = example.lines().skip(1).take_while(|line| line.starts_with("# "));
+    let entry: Vec<&str> = lines.map(|line| &line[2..]).filter(|line| !line.starts_with("command")).collect();
+    let text = format!("{text}\n[[pgbouncer]]\n{}\n", entry.join("\n"));
+    let config = proxyctl::config::Config::parse(&path, &text).unwrap_or_else(|error| panic!("{error}"));
+    let bouncer = &config.bouncers[0];
+    let Point::Template { file, .. } = &bouncer.point else { panic!("a file") };
+    let unit = Unit::of(KEEPER);
+    assert_eq!(file.parent(), Some(Path::new(unit.values("ReadWritePaths")[0])));
+    let start = unit.values("ExecStart")[0].replace("%i", &bouncer.name);
+    proxyctl::cli::Cli::try_parse_from(start.split(' ')).unwrap_or_else(|error| panic!("{start}: {error}"));
+    assert!(unit.0.contains(&format!("\"/var/lib/{}\"", unit.values("StateDirectory")[0])), "journal_dir is said");
+    // A hold that ends as it should is let go before the process may be killed.
+    assert!(unit.seconds("TimeoutStopSec") > 2 * (config.budgets.lease + config.budgets.drain));
+    let usage = proxyctl::printer::Exit::Usage.code().to_string();
+    assert_eq!((unit.values("KillSignal"), unit.values("RestartPreventExitStatus")), (vec!["SIGTERM"], vec![&*usage]));
+    assert_eq!((unit.values("Restart"), unit.values("StartLimitIntervalSec")), (vec!["always"], vec!["0"]));
 }
 
 #[test]
-fn systemd_takes_the_unit_where_there_is_one_to_ask() {
+fn systemd_takes_the_units_where_there_is_one_to_ask() {
     let directory = TempDir::new().unwrap_or_else(|error| panic!("a directory: {error}"));
-    let file = directory.path().join("pgcutover.service");
-    // The binary is not installed here; everything else is looked at.
-    fs::write(&file, read("config/systemd/pgcutover.service").replace("/usr/bin/pgcutover", "/bin/true")).unwrap();
-    let Ok(verdict) = Command::new("systemd-analyze").arg("verify").arg(&file).output() else {
-        return e2e::printer::not_checked("the unit of systemd", "there is no systemd-analyze here");
-    };
-    let said = String::from_utf8_lossy(&verdict.stderr);
-    assert!(verdict.status.success() && !said.contains("pgcutover.service:"), "{said}");
+    for name in [PROXY, KEEPER] {
+        let file = directory.path().join(name.replace('@', "@b1"));
+        // The binaries are not installed here; everything else is looked at.
+        let text =
+            Unit::of(name).0.replace("/usr/bin/pgcutover", "/bin/true").replace("/usr/bin/proxyctl", "/bin/true");
+        fs::write(&file, text).unwrap();
+        let Ok(verdict) = Command::new("systemd-analyze").arg("verify").arg(&file).output() else {
+            return e2e::printer::not_checked("the units of systemd", "there is no systemd-analyze here");
+        };
+        let said = String::from_utf8_lossy(&verdict.stderr);
+        let about = file.file_name().and_then(|name| name.to_str()).unwrap();
+        assert!(verdict.status.success() && !said.contains(&format!("{about}:")), "{said}");
+    }
 }

@@ -5,10 +5,13 @@
 
 use std::time::Duration;
 
-use pgcutover_api::epoch::{Epoch, RunId};
+use pgcutover_api::epoch::{Claim, Epoch, RunId};
 use pgcutover_api::store::{self, BadRow, Gate, Identity, Member, Name, Outcome, StoreView, Turn};
 
 use crate::clusters::{Cluster, ClusterError, Deadline, cells};
+
+/// What stands for an address in the row of a run: no proxy listens there.
+const CONTROLLER: &str = "proxyctl";
 
 /// How often a lost answer is asked for again.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
@@ -127,9 +130,38 @@ impl Cluster {
         self.row("read the store", &store::view(db), limit, StoreView::decode).await
     }
 
-    /// The proxies that enrolled themselves.
+    /// The proxies, and the keepers of PgBouncers, that enrolled themselves.
     pub async fn members(&self, db: &Name, limit: Duration) -> Result<Vec<Member>, ClusterError> {
-        self.rows("members", &store::members(db), limit, Member::decode).await
+        let mut members = self.rows("members", &store::members(db), limit, Member::decode).await?;
+        members.retain(|member| member.address != CONTROLLER);
+        Ok(members)
+    }
+
+    /// Writes a member's row.
+    pub async fn enroll(&self, db: &Name, member: &Member, limit: Duration) -> Result<(), ClusterError> {
+        self.ask("enrol", &store::enroll(db, member), limit).await.map(drop)
+    }
+
+    /// Says that a run lives: the lease of every PgBouncer that is held for it.
+    pub async fn renew_lease(&self, db: &Name, claim: Claim, limit: Duration) -> Result<(), ClusterError> {
+        let member = Member {
+            instance: claim.run.to_string(),
+            address: CONTROLLER.to_owned(),
+            backend: String::new(),
+            route_epoch: Epoch::ZERO,
+            paused_epoch: Some(claim.epoch),
+            seen_ms_ago: 0,
+        };
+        self.enroll(db, &member, limit).await
+    }
+
+    /// How long ago a run last said that it lives; never if it holds no lease for this epoch.
+    pub async fn lease_age(&self, db: &Name, claim: Claim, limit: Duration) -> Result<Option<Duration>, ClusterError> {
+        let members = self.rows("lease", &store::members(db), limit, Member::decode).await?;
+        let run = claim.run.to_string();
+        let lease = members.into_iter().find(|member| member.address == CONTROLLER && member.instance == run);
+        let lease = lease.filter(|lease| lease.paused_epoch == Some(claim.epoch));
+        Ok(lease.map(|lease| Duration::from_millis(lease.seen_ms_ago)))
     }
 
     /// Every gate of this database.

@@ -14,9 +14,9 @@ use crate::clusters::{Cluster, ClusterError, Role};
 use crate::commands::{Answers, Context};
 use crate::event::Decision;
 use crate::printer::Exit;
-use crate::proxies::SHOW_DEADLINE;
+use crate::proxies::{ProxyError, SHOW_DEADLINE};
 use crate::roster;
-use crate::steps::{STEP_DEADLINE, decided};
+use crate::steps::{STEP_DEADLINE, decided, kept};
 
 #[derive(Serialize)]
 struct Aborted {
@@ -101,9 +101,14 @@ async fn land(context: &Context, source: &Cluster, turn: &Turn, result: &mut Abo
         Answers::new(resume.to_string(), answers).and_unreached(unreached)
     };
     let (fence, proxies) = tokio::join!(source.unfence(turn, STEP_DEADLINE), proxies);
+    let bouncers = kept::still_held(&context.config, source, turn.claim).await.into_iter();
+    let bouncers = bouncers.map(|found| {
+        let message = format!("{}: {}", found.problem, found.fix);
+        ProxyError { proxy: found.object, sqlstate: None, message }
+    });
     result.outcome = Some(Decision::Abort);
     result.fence = fence.map_or_else(|error| error.to_string(), |()| "open".to_owned());
-    result.proxies = Some(proxies);
+    result.proxies = Some(proxies.and_unreached(bouncers.collect()));
 }
 
 fn undecided(context: &Context, error: &dyn fmt::Display) -> anyhow::Result<Exit> {

@@ -87,6 +87,9 @@ impl Cutover {
         let scene = Scene::new(config.clone(), journal, run);
         let mut engine = Engine::new(scene, goal, printer.progress(), interrupt, self.hooks);
         let ended = engine.run().await;
+        if let Some(keepers) = engine.scene.keepers.take() {
+            keepers.end().await;
+        }
         let Engine { scene, progress, .. } = engine;
         drop(progress);
         report::tell(printer, &scene.journal, self.report.clone(), self.clients.as_deref());

@@ -20,7 +20,7 @@ use crate::printer::{Exit, Printer};
 use crate::roster;
 use crate::standing::{Standing, Views};
 use crate::state::Phase;
-use crate::steps::{STEP_DEADLINE, Scene};
+use crate::steps::{STEP_DEADLINE, Scene, kept};
 
 /// Which run, and by what.
 #[derive(Debug, Args)]
@@ -152,8 +152,15 @@ impl ResumeRun {
         let goal = if journal.records().is_empty() { Goal::Cutover } else { journal.state().goal };
         let mut scene = Scene::new(config, journal, run);
         (scene.fleet, scene.absent) = roster::assemble_some(&scene.config, &scene.clusters.source).await;
+        // Where a keeper died with the run, nobody else lets its PgBouncer go.
+        if let Err(error) = kept::keep_unleased(&mut scene).await {
+            printer.talk(format_args!("proxyctl: {error}"));
+        }
         let mut engine = Engine::new(scene, goal, printer.progress(), interrupt(printer)?, self.hooks);
         let ended = engine.take_up(standing.epoch(), commit(standing)).await;
+        if let Some(keepers) = engine.scene.keepers.take() {
+            keepers.end().await;
+        }
         let Engine { scene, progress, .. } = engine;
         drop(progress);
         report::tell(printer, &scene.journal, self.report, None);

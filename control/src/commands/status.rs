@@ -12,6 +12,7 @@ use serde::Serialize;
 use crate::clusters::{Cluster, ClusterError, Role};
 use crate::commands::Context;
 use crate::config::Side;
+use crate::config::members::BouncerEntry;
 use crate::printer::Exit;
 use crate::proxies::{Proxy, ProxyError};
 use crate::roster;
@@ -137,10 +138,34 @@ async fn everybody(context: &Context) -> (Vec<Gate>, Vec<Unlisted>) {
     members.extend(of_target.unwrap_or_default());
     members.sort_by(|a, b| (&a.instance, a.seen_ms_ago).cmp(&(&b.instance, b.seen_ms_ago)));
     members.dedup_by(|later, first| later.instance == first.instance);
+    gates.extend(config.bouncers.iter().map(|entry| bouncer(entry, &members)));
     let absent = absent.into_iter().map(|error| roster::last_seen(error, &members));
     gates.extend(absent.map(|error| Gate { proxy: error.proxy, error: Some(error.message), ..Gate::default() }));
     members.retain(|member| !gates.iter().any(|gate| gate.is_of(member)));
     (gates, members.into_iter().map(Unlisted::from).collect())
+}
+
+/// A PgBouncer is what its keeper says it is.
+fn bouncer(entry: &BouncerEntry, members: &[Member]) -> Gate {
+    let gate = Gate {
+        proxy: entry.name.clone(),
+        origin: Some("PgBouncer, by its keeper".to_owned()),
+        instance: Some(entry.name.clone()),
+        ..Gate::default()
+    };
+    match members.iter().find(|member| member.instance == entry.name) {
+        Some(member) if roster::is_alive(member) => Gate {
+            state: Some(if member.paused_epoch.is_some() { "paused" } else { "open" }.to_owned()),
+            backend: Some(member.backend.clone()),
+            route_epoch: Some(member.route_epoch.as_u64()),
+            ..gate
+        },
+        Some(member) => Gate {
+            error: Some(format!("nobody keeps it; its keeper was last seen {} ms ago", member.seen_ms_ago)),
+            ..gate
+        },
+        None => Gate { error: Some("nobody keeps it".to_owned()), ..gate },
+    }
 }
 
 impl Gate {

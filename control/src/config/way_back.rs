@@ -31,6 +31,9 @@ impl Config {
     #[must_use]
     pub fn turned(mut self, subscription: Option<String>) -> Config {
         std::mem::swap(&mut self.source, &mut self.target);
+        for bouncer in &mut self.bouncers {
+            std::mem::swap(&mut bouncer.source, &mut bouncer.target);
+        }
         self.replication.subscriptions = subscription.into_iter().collect();
         self
     }

@@ -2,6 +2,7 @@
 //!
 //! Invariant: pure; every check answers with at least one finding, and a red one names an object and a fix.
 
+mod bouncers;
 mod data;
 mod people;
 mod replication;
@@ -44,6 +45,7 @@ pub fn checks(facts: &Facts) -> Vec<Finding> {
         people::bypass,
         people::proxies,
         people::members,
+        bouncers::bouncers,
     ];
     ALL.iter().flat_map(|check| check(facts)).collect()
 }

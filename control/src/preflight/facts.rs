@@ -12,7 +12,7 @@ use crate::clusters::{
     BadCell, Cells, Cluster, ClusterError, Clusters, PreparedTransaction, PublishedTable, Sequence, SlotState,
     Subscription, TableFacts, TableState, way_back,
 };
-use crate::config::members::Unlisted;
+use crate::config::members::{Address, Unlisted};
 use crate::preflight::types;
 use crate::preflight::types::Types;
 
@@ -27,6 +27,8 @@ pub struct Inquiry {
     pub reverse_dsn: Option<String>,
     /// What the proxies said.
     pub proxies: Vec<ProxyFacts>,
+    /// What PgBouncers said.
+    pub bouncers: Vec<BouncerFacts>,
     /// What counts as too much.
     pub limits: Limits,
     /// How long one question may take.
@@ -84,6 +86,34 @@ pub struct ProxyFacts {
     pub logins: Vec<LoginVerdict>,
 }
 
+/// One PgBouncer, as its console describes it; the caller asks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BouncerFacts {
+    /// Its name in our configuration.
+    pub name: String,
+    /// SHOW DATABASES: where the database points; or why that is not known.
+    pub points_at: Result<Address, String>,
+    /// Where it has to point.
+    pub source: Address,
+    /// How it pools the database's clients.
+    pub pool_mode: String,
+    /// SHOW SERVERS: the server processes of its connections to the source.
+    pub server_pids: Vec<i32>,
+    /// Who ends a hold if we die.
+    pub watched: Watched,
+}
+
+/// Who keeps a PgBouncer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Watched {
+    /// A process of its own, which has enrolled.
+    ByItsKeeper,
+    /// The run itself: nobody if it dies.
+    ByThisRun,
+    /// Nobody.
+    ByNobody,
+}
+
 /// Whether a proxy has a control login for the database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Control {
@@ -137,6 +167,8 @@ pub struct Facts {
     pub replication: ReplicationFacts,
     /// The proxies we know.
     pub proxies: Vec<ProxyFacts>,
+    /// The PgBouncers we know.
+    pub bouncers: Vec<BouncerFacts>,
     /// The proxies that enrolled themselves on the source.
     pub members: Vec<Member>,
     /// What counts as too much.
@@ -291,6 +323,7 @@ pub async fn gather(clusters: &Clusters, inquiry: &Inquiry) -> Result<Facts, Clu
         target,
         replication,
         proxies: inquiry.proxies.clone(),
+        bouncers: inquiry.bouncers.clone(),
         members,
         limits: inquiry.limits.clone(),
     })

@@ -17,7 +17,9 @@ use crate::proxies::{Fleet, ProxyError, ProxyErrors};
 use crate::report;
 use crate::roster;
 use crate::steps::heartbeat::Heartbeat;
-use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, attached, caught_up, fenced, inspection, install, way_back};
+use crate::steps::{
+    STEP_DEADLINE, Scene, StepError, Undo, attached, caught_up, fenced, inspection, install, kept, way_back,
+};
 
 /// One table takes milliseconds unless a writer sits on it; thousands of tables take a while.
 const ARM_TABLES: Duration = Duration::from_secs(60);
@@ -32,6 +34,7 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     let findings = inspection::inspect(&scene.config, &scene.clusters, &scene.fleet).await?;
     admit(scene, findings)?;
     install::install(&scene.config, &scene.clusters).await?;
+    kept::keep_unleased(scene).await?;
     let certainty = scene.clusters.source.arm(&scene.database, STEP_DEADLINE).await?;
     let subscriptions = scene.subscriptions().await?;
     scene.clusters.publish_store(&subscriptions, STEP_DEADLINE).await?;

@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::finding::Finding;
 use crate::preflight::{self, Control, Inquiry, Limits, LoginVerdict, OidChange, ProxyBackend, ProxyFacts, Verdict};
 use crate::proxies::{Fleet, Proxy, ProxyError};
-use crate::steps::{StepError, paused, transplanted};
+use crate::steps::{StepError, kept, paused, transplanted};
 
 /// One question of preflight: catalogues of thousands of tables take a second.
 const QUESTION: Duration = Duration::from_secs(15);
@@ -28,6 +28,7 @@ pub async fn inspect(config: &Config, clusters: &Clusters, fleet: &Fleet) -> Res
         subscriptions: config.replication.subscriptions.clone(),
         reverse_dsn: config.way_back.enabled.then(|| config.target.conninfo()),
         proxies: proxies.into_iter().map(|(_, facts)| facts).collect(),
+        bouncers: kept::facts(config, &clusters.source).await,
         limits: Limits {
             lag_bytes_max: config.budgets.lag_bytes_max,
             transaction_age_max: config.budgets.transaction_age_max,

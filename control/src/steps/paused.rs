@@ -17,7 +17,7 @@ use crate::report;
 use crate::roster;
 use crate::roster::Change;
 use crate::steps::calm::Old;
-use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, calm, decided};
+use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, calm, decided, kept};
 
 /// How long members that are not ours to command may take to hold by themselves: their look, and what it takes.
 const MEMBERS_PATIENCE: Duration = Duration::from_millis(1500);
@@ -36,7 +36,8 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     let guarded = scene.clusters.target.guard(&scene.turn()?, STEP_DEADLINE).await?;
     let lease = scene.lease()?;
     let database = scene.config.database.clone();
-    let leases = scene.fleet.keep(&database, claim, lease, scene.config.budgets.renew);
+    let mut leases = scene.fleet.keep(&database, claim, lease, scene.config.budgets.renew);
+    kept::renew(scene, claim, &mut leases).await?;
     scene.observe(report::PAUSE_SENT, Facts::new().with("epoch", claim.epoch.as_u64()));
     let paused = pause_all(scene, claim).await;
     leases.confirm();
@@ -135,7 +136,12 @@ async fn pause_all(scene: &Scene, claim: Claim) -> Result<(), StepError> {
     let drain = scene.config.budgets.drain;
     let command = command(scene, claim)?;
     let ask_at = drain.mul_f32(0.75);
-    let pauses = scene.fleet.all_or_first(|proxy| proxy.order(&command, drain + ANSWER));
+    let pauses = async {
+        let proxies = scene.fleet.all_or_first(|proxy| proxy.order(&command, drain + ANSWER));
+        let proxies = async { proxies.await.map_err(Missed::Proxies) };
+        let bouncers = async { kept::held(scene, claim).await.map_err(Missed::Bouncer) };
+        tokio::try_join!(proxies, bouncers)
+    };
     let blockers = async {
         // reason: shortly before the drain deadline, while blockers are still there.
         tokio::time::sleep(ask_at).await;
@@ -144,19 +150,28 @@ async fn pause_all(scene: &Scene, claim: Claim) -> Result<(), StepError> {
     tokio::pin!(pauses);
     let blocked = tokio::select! {
         biased;
-        done = &mut pauses => return done.map(drop).map_err(StepError::from),
+        done = &mut pauses => return done.map(drop).map_err(|missed| missed.told(Vec::new())),
         blocked = blockers => blocked,
     };
-    pauses.await.map(drop).map_err(|errors| not_drained(errors, blocked))
+    pauses.await.map(drop).map_err(|missed| missed.told(blocked))
 }
 
-fn not_drained(errors: ProxyErrors, mut blocked: Vec<Finding>) -> StepError {
-    let mut error = StepError::from(errors);
-    if !blocked.is_empty() {
+/// Who was not paused.
+enum Missed {
+    Proxies(ProxyErrors),
+    Bouncer(StepError),
+}
+
+impl Missed {
+    /// With those who held the drain open.
+    fn told(self, mut blocked: Vec<Finding>) -> StepError {
+        let mut error = match self {
+            Missed::Proxies(errors) => StepError::from(errors),
+            Missed::Bouncer(error) => error,
+        };
         blocked.append(&mut error.findings);
-        error.findings = blocked;
+        StepError { findings: blocked, ..error }
     }
-    error
 }
 
 /// Who holds the drain open, as proxies and source tell it.
@@ -210,9 +225,18 @@ pub async fn undo(scene: &Scene) -> Result<Undo, StepError> {
             missed.push(error);
         }
     }
-    let mut still_held = held(scene, missed).await;
+    let bouncers = kept::still_held(&scene.config, &scene.clusters.source, claim);
+    let (mut still_held, bouncers) = tokio::join!(held(scene, missed), bouncers);
     still_held.extend(scene.absent.iter().cloned());
-    if still_held.is_empty() { Ok(Undo::Done) } else { Err(StepError::from(ProxyErrors(still_held))) }
+    if still_held.is_empty() && bouncers.is_empty() {
+        return Ok(Undo::Done);
+    }
+    let mut error = match still_held.is_empty() {
+        true => StepError::plain("not every PgBouncer has let its clients go"),
+        false => StepError::from(ProxyErrors(still_held)),
+    };
+    error.findings.extend(bouncers);
+    Err(error)
 }
 
 /// A proxy that refused because it is open already has done what was wanted: its lease ended, or it never paused. One that
@@ -252,8 +276,10 @@ async fn members(scene: &Scene, claim: Claim) -> Result<(), StepError> {
     loop {
         let members = scene.clusters.source.members(&scene.database, STEP_DEADLINE).await?;
         let alive = members.iter().filter(|member| roster::is_alive(member));
+        let alive = alive.filter(|member| !kept::stands_for(&scene.config, member));
         let loose: Vec<_> = alive.filter(|member| member.paused_epoch != Some(claim.epoch)).collect();
-        if loose.is_empty() {
+        let mut unkept = kept::loose(&scene.config, &members, claim);
+        if loose.is_empty() && unkept.is_empty() {
             return Ok(());
         }
         if tokio::time::Instant::now() >= patience {
@@ -265,7 +291,8 @@ async fn members(scene: &Scene, claim: Claim) -> Result<(), StepError> {
                 let problem = format!("serves the database and is not paused at {claim}; last seen {ms} ms ago");
                 Finding::red("paused", object, problem, fix)
             });
-            return Err(StepError::found("a living proxy is not paused", found.collect()));
+            unkept.extend(found);
+            return Err(StepError::found("a living proxy is not paused", unkept));
         }
         // reason: members hold by themselves at their own look; asked again within the patience.
         tokio::time::sleep(LOOK).await;

@@ -12,7 +12,7 @@ use crate::finding::Finding;
 use crate::proxies::{Proxy, ProxyError, SHOW_DEADLINE};
 use crate::report;
 use crate::roster;
-use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, paused, switched};
+use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, kept, paused, switched};
 
 /// Between two looks at a proxy that did not answer well.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
@@ -31,7 +31,8 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     if let Some(leases) = scene.leases.take() {
         leases.stop().await;
     }
-    let mut missed = stragglers(scene, all).await;
+    let (mut missed, behind) = tokio::join!(stragglers(scene, all), kept::behind(scene, claim));
+    missed.extend(behind);
     missed.extend(scene.absent.iter().cloned());
     if !missed.is_empty() {
         return Err(switched::told(missed));

@@ -10,6 +10,7 @@ use clap::{Parser, ValueEnum};
 use e2e::account::Account;
 use e2e::binaries::Binaries;
 use e2e::cluster::Commits;
+use e2e::kept::Kept;
 use e2e::pair::{OTHER, Pair, PairOptions};
 use e2e::printer::{result, say};
 use e2e::product::Product;
@@ -30,8 +31,11 @@ struct Args {
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     cutovers: u32,
     /// Proxies in front of the servers
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=9))]
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(0..=9))]
     proxies: u16,
+    /// PgBouncers beside them, each with its keeper
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=9))]
+    pgbouncers: u16,
     /// Major version of the server that serves first
     #[arg(long, default_value_t = 13)]
     from: u32,
@@ -98,10 +102,17 @@ async fn campaign(args: &Args) -> Result<Verdict> {
     stage.control.with_way_back();
     // The machine is shared with the servers and the load: what is measured is told, not refused.
     stage.control.budget(&[("stall", "2s")]);
-    let mut load = WorkloadOptions::new(stage.ports(), args.clients);
+    let mut ports = stage.ports();
+    let mut kept = Vec::new();
+    for n in 1..=args.pgbouncers {
+        let lines = "pool_mode = transaction\ndefault_pool_size = 20\n";
+        kept.push(Kept::start(&mut stage, &format!("b{n}"), lines).await?);
+    }
+    ports.extend(kept.iter().map(|kept| kept.bouncer.port()));
+    let mut load = WorkloadOptions::new(ports, args.clients);
     load.sessions.0 = args.sessions;
     load.writes_per_s = args.writes;
-    load.probes = u32::from(args.proxies);
+    load.probes = u32::from(args.proxies + args.pgbouncers);
     let shuttle = Shuttle { cutovers: args.cutovers, load, between: 200 };
     shuttle.run(&stage).await
 }

@@ -87,3 +87,5 @@ mod rollback;
 mod fleet;
 #[cfg(test)]
 mod release;
+#[cfg(test)]
+mod mixed;

@@ -23,6 +23,7 @@ pub(crate) fn inquiry() -> Inquiry {
         subscriptions: Vec::new(),
         reverse_dsn: None,
         proxies: Vec::new(),
+        bouncers: Vec::new(),
         limits: Limits {
             lag_bytes_max: 1 << 20,
             transaction_age_max: Duration::from_millis(500),

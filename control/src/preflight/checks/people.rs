@@ -126,7 +126,9 @@ fn worst_for(role: &LoginRole, is_used: bool) -> Make {
 
 pub(super) fn bypass(facts: &Facts) -> Vec<Finding> {
     const CHECK: &str = "bypass";
-    let through: Vec<i32> = facts.proxies.iter().flat_map(|proxy| proxy.server_pids.iter().copied()).collect();
+    let through = facts.proxies.iter().flat_map(|proxy| proxy.server_pids.iter().copied());
+    let through: Vec<i32> =
+        through.chain(facts.bouncers.iter().flat_map(|bouncer| bouncer.server_pids.iter().copied())).collect();
     let stranger = |session: &&Session| {
         session.backend_type.as_deref() == Some("client backend")
             && !through.contains(&session.pid)
@@ -160,7 +162,10 @@ pub(super) fn proxies(facts: &Facts) -> Vec<Finding> {
 pub(super) fn members(facts: &Facts) -> Vec<Finding> {
     const CHECK: &str = "members";
     let mut found: Vec<Finding> = facts.proxies.iter().map(|proxy| known(facts, proxy, CHECK)).collect();
-    let ours = |member: &&Member| facts.proxies.iter().any(|proxy| proxy.instance.as_ref() == Some(&member.instance));
+    let ours = |member: &&Member| {
+        facts.proxies.iter().any(|proxy| proxy.instance.as_ref() == Some(&member.instance))
+            || facts.bouncers.iter().any(|bouncer| bouncer.name == member.instance)
+    };
     let living = facts.members.iter().filter(|member| Duration::from_millis(member.seen_ms_ago) < GONE);
     found.extend(living.filter(|member| !ours(member)).map(|member| stranger(facts, member, CHECK)));
     found

@@ -10,11 +10,11 @@ use crate::clusters::{
     Extent, GateState, Lag, Position, PreparedTransaction, PublishedTable, Sequence, Setting, SlotState, Subscription,
     TableFacts, TableKind, TableState,
 };
-use crate::config::members::Unlisted;
+use crate::config::members::{Address, Unlisted};
 use crate::finding::{Finding, Level};
 use crate::preflight::facts::{
-    Attempt, ClusterFacts, Control, Facts, Limits, LoginRole, LoginVerdict, OidChange, ProxyBackend, ProxyFacts,
-    ReplicationFacts, Session, StoreFacts, Verdict, Verifiers,
+    Attempt, BouncerFacts, ClusterFacts, Control, Facts, Limits, LoginRole, LoginVerdict, OidChange, ProxyBackend,
+    ProxyFacts, ReplicationFacts, Session, StoreFacts, Verdict, Verifiers, Watched,
 };
 use crate::preflight::types::{Kind, Rank, TypeFacts, TypeName, Types};
 
@@ -152,6 +152,7 @@ fn healthy() -> Facts {
             backends: vec![backend],
             logins: Vec::new(),
         }],
+        bouncers: Vec::new(),
         members: Vec::new(),
         limits: Limits {
             lag_bytes_max: 1000,
@@ -395,6 +396,45 @@ fn logins_that_would_fail_on_the_target_are_seen() {
     assert_eq!(not_proved.len(), 1);
 }
 
+fn member(instance: &str, seen_ms_ago: u64) -> Member {
+    Member {
+        instance: instance.to_owned(),
+        address: "10.0.0.7:6432".to_owned(),
+        backend: "blue".to_owned(),
+        route_epoch: Epoch::ZERO,
+        paused_epoch: None,
+        seen_ms_ago,
+    }
+}
+
+#[test]
+fn a_pgbouncer_points_at_the_source_and_is_kept() {
+    let address = |port| Address { host: "10.0.0.1".to_owned(), port, dbname: "app".to_owned() };
+    let bouncer = BouncerFacts {
+        name: "b1".to_owned(),
+        points_at: Ok(address(5432)),
+        source: address(5432),
+        pool_mode: "transaction".to_owned(),
+        server_pids: vec![4711],
+        watched: Watched::ByItsKeeper,
+    };
+    let put = |bouncer: BouncerFacts| move |f: &mut Facts| f.bouncers.push(bouncer.clone());
+    assert_eq!(with(put(bouncer.clone())), []);
+    assert_eq!(with(|f| f.members.push(member("b1", 900)))[0].level, Level::Red);
+    let enrolled = |f: &mut Facts| {
+        f.bouncers.push(bouncer.clone());
+        f.members.push(member("b1", 900));
+        f.source.sessions.push(session("app", None));
+    };
+    assert_eq!(with(enrolled), [], "neither a stranger nor past the proxies");
+    let away = BouncerFacts { points_at: Err("no answer".to_owned()), ..bouncer.clone() };
+    gives(Level::Red, "pgbouncer", "b1", put(away));
+    gives(Level::Red, "pgbouncer", "b1", put(BouncerFacts { points_at: Ok(address(5433)), ..bouncer.clone() }));
+    gives(Level::Red, "pgbouncer", "b1", put(BouncerFacts { watched: Watched::ByNobody, ..bouncer.clone() }));
+    gives(Level::Yellow, "pgbouncer", "b1", put(BouncerFacts { watched: Watched::ByThisRun, ..bouncer.clone() }));
+    gives(Level::Yellow, "pgbouncer", "b1", put(BouncerFacts { pool_mode: "session".to_owned(), ..bouncer.clone() }));
+}
+
 #[test]
 fn strangers_and_proxies_that_could_not_follow_are_seen() {
     gives(Level::Yellow, "bypass", "4711 (app, psql, 10.0.0.9)", |f| f.source.sessions.push(session("app", None)));
@@ -405,14 +445,6 @@ fn strangers_and_proxies_that_could_not_follow_are_seen() {
     });
     assert_eq!(known, []);
     gives(Level::Red, "proxies", "p1", |f| f.proxies[0].control = Control::Missing);
-    let member = |instance: &str, seen_ms_ago| Member {
-        instance: instance.to_owned(),
-        address: "10.0.0.7:6432".to_owned(),
-        backend: "blue".to_owned(),
-        route_epoch: Epoch::ZERO,
-        paused_epoch: None,
-        seen_ms_ago,
-    };
     gives(Level::Red, "members", "two", |f| f.members.push(member("two", 900)));
     gives(Level::Yellow, "members", "two", |f| {
         f.limits.unlisted = Unlisted::Follow;
