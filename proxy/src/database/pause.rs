@@ -289,6 +289,10 @@ impl Database {
             return false;
         }
         self.abandon_outlived();
+        if pause.epoch.is_some() {
+            // Adopted where the switch took place; where it did not, its connections must not stay on the target.
+            self.pools().iter().for_each(|pool| pool.unpark());
+        }
         let pause_ms = pause.since.elapsed();
         if let Some(last) = lock(&self.switches).back_mut().filter(|last| last.pause.is_none()) {
             last.pause = Some(pause_ms);

@@ -1,4 +1,5 @@
-//! Connections that live sessions have left for another server: closed when clients are served again, a few at a time.
+//! Connections that have a successor on another server, or were parked for nothing: closed when clients are served again, a
+//! few at a time.
 //!
 //! Invariant: nobody is served by one. The end of a server process costs about as much as a transaction: hundreds of them at
 //! once would take the processors from clients that have just waited for a switch.

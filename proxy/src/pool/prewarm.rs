@@ -77,33 +77,41 @@ impl Pool {
         Verdict { wanted, open: self.sift(&target.backend), error }
     }
 
-    /// The parked connections of a backend become the pool's own, of the route's present generation; the former ones
-    /// close in the background.
+    /// The parked connections of a backend become the pool's own, of the route's present generation, each in the place of a
+    /// former one, which closes in its turn; former ones without a successor close at once, so that others can be opened.
     pub fn adopt_prewarmed(self: &Arc<Self>, backend: &str) {
         let generation = self.site.route.generation();
         let mut inner = self.lock();
         let parked = inner.parked.remove(backend).unwrap_or_default();
-        let former = std::mem::take(&mut inner.idle);
+        let mut former = std::mem::take(&mut inner.idle);
         drop(inner);
-        former.into_iter().for_each(|pooled| self.dismiss(pooled));
         for mut pooled in parked.connections {
             pooled.generation = generation;
             if pooled.is_alive() {
                 pooled.shared.generation.store(generation, Ordering::Relaxed);
-                pooled.place = self.force_place();
+                pooled.place = self.place_of(former.pop());
                 self.welcome.store(Arc::new(Some(Arc::clone(&pooled.initial))));
                 self.put(pooled);
             } else {
                 self.dismiss(pooled);
             }
         }
+        former.into_iter().for_each(|pooled| self.dismiss(pooled));
     }
 
-    /// Closes what was parked: the switch is off.
+    /// The place of a connection that leaves for the one that succeeds it.
+    fn place_of(self: &Arc<Self>, former: Option<Box<Pooled>>) -> Place {
+        let Some(mut former) = former else { return self.force_place() };
+        let place = std::mem::replace(&mut former.place, Place::none());
+        self.dismiss_later(former);
+        place
+    }
+
+    /// Closes what was parked, each in its turn: the switch is off.
     pub fn unpark(self: &Arc<Self>) {
         let parked = std::mem::take(&mut self.lock().parked);
         for pooled in parked.into_values().flat_map(|warm| warm.connections) {
-            self.dismiss(pooled);
+            self.dismiss_later(pooled);
         }
     }
 

@@ -13,7 +13,7 @@ use serde_json::Value as Json;
 /// A rehearsal, or a cutover.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Everything of a server that a run may change: slots, publications, subscriptions, gates, sequences, triggers.
+/// Everything of a server that a run may change: slots, publications, subscriptions, gates, triggers, objects, settings, roles.
 const TRACES: &str = "SELECT string_agg(trace, E'\\n' ORDER BY trace) FROM (
       SELECT 'slot ' || slot_name || ' ' || slot_type FROM pg_replication_slots
       UNION ALL SELECT 'publication ' || pubname || ' ' || coalesce(tables.n, 0) FROM pg_publication
@@ -22,7 +22,19 @@ const TRACES: &str = "SELECT string_agg(trace, E'\\n' ORDER BY trace) FROM (
       UNION ALL SELECT 'gate ' || db || ' ' || form || ' ' || epoch FROM pgcutover.gates
       UNION ALL SELECT 'trigger ' || tgrelid::regclass || ' ' || tgname || ' ' || tgenabled::text FROM pg_trigger
       UNION ALL SELECT 'prepared ' || gid FROM pg_prepared_xacts
+      UNION ALL SELECT 'event trigger ' || evtname || ' ' || evtenabled::text FROM pg_event_trigger
+      UNION ALL SELECT 'relation ' || oid::regclass FROM pg_class WHERE oid >= 16384 AND relpersistence <> 't'
+      UNION ALL SELECT 'function ' || oid::regprocedure FROM pg_proc WHERE oid >= 16384
+      UNION ALL SELECT 'role ' || rolname || ' ' || rolcanlogin || ' ' || rolconnlimit FROM pg_roles WHERE oid >= 16384
+      UNION ALL SELECT 'database ' || datname || ' ' || datallowconn || ' ' || datconnlimit FROM pg_database
+      UNION ALL SELECT 'setting ' || setdatabase || ' ' || setrole || ' ' || array_to_string(setconfig, ' ') FROM pg_db_role_setting
+      UNION ALL SELECT 'file ' || name || ' ' || setting FROM pg_file_settings
     ) traces (trace)";
+
+/// Whether nobody of these is connected: proxyctl to neither server, clients' connections not to the target. Those of proxies' control logins come
+/// and go.
+const NOBODY: &str =
+    "SELECT count(*) = 0 FROM pg_stat_activity WHERE backend_type = 'client backend' AND usename::text = ANY ($who)";
 
 /// Sequences of the target: nobody writes there.
 const SEQUENCES: &str =
@@ -36,6 +48,14 @@ async fn traces(stage: &Stage) -> [String; 3] {
         target.text(TRACES).await.unwrap().unwrap(),
         target.text(SEQUENCES).await.unwrap().unwrap(),
     ]
+}
+
+/// A server takes a moment to end a session whose client has gone.
+async fn nobody_stays(stage: &Stage) {
+    for (cluster, who) in [(&stage.pair.source, "{pgcutover}"), (&stage.pair.target, "{pgcutover,app,other}")] {
+        let client = cluster.superuser(DATABASE).await.unwrap();
+        client.until(&NOBODY.replace("$who", &format!("'{who}'")), LIMIT).await.unwrap();
+    }
 }
 
 async fn rehearsals(count: usize) {
@@ -65,6 +85,7 @@ async fn rehearsals(count: usize) {
         // The first one arms the gates, which stay.
         let now = traces(&stage).await;
         assert_eq!(*before.get_or_insert_with(|| now.clone()), now);
+        nobody_stays(&stage).await;
         load.acknowledges(20, LIMIT).await.unwrap();
     }
     assert!(epochs.is_sorted_by(|one, next| one < next), "{epochs:?}");
