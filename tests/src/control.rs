@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
+use serde::Serialize;
 use serde_json::Value as Json;
 use toml::{Table, Value};
 
@@ -179,6 +180,23 @@ impl Running {
 
 fn text(path: &Path) -> String {
     String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
+}
+
+/// One step of a report.
+#[derive(Clone, Debug, Serialize)]
+pub struct StepTime {
+    /// Its name.
+    pub name: String,
+    /// How long it took.
+    pub ms: f64,
+}
+
+/// The steps of a report, in order.
+pub fn steps(report: &Json) -> Vec<StepTime> {
+    let steps = report.get("steps").and_then(Json::as_array).cloned().unwrap_or_default();
+    let one =
+        |step: &Json| Some(StepTime { name: step.get("name")?.as_str()?.to_owned(), ms: step.get("ms")?.as_f64()? });
+    steps.iter().filter_map(one).collect()
 }
 
 /// A proxyctl that has ended.

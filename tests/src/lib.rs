@@ -13,6 +13,7 @@
 pub mod program;
 pub mod crossing;
 pub mod shuttle;
+pub mod moves;
 pub mod kills;
 pub mod account;
 pub mod kept;

@@ -164,6 +164,32 @@ impl Drop for Process {
     }
 }
 
+/// Clock ticks a second in /proc/PID/stat, fixed on Linux for user space.
+const TICKS: f64 = 100.0;
+
+/// CPU seconds that a process has used, user and system.
+///
+/// # Errors
+/// It is gone.
+pub fn cpu_s(pid: u32) -> Result<f64> {
+    let [own, _] = cpu_and_ended_s(pid).with_context(|| format!("reading the CPU time of process {pid}"))?;
+    Ok(own)
+}
+
+/// CPU seconds of a process, of its living children, and of those that have ended.
+pub fn family_cpu_s(pid: u32) -> f64 {
+    let [own, ended] = cpu_and_ended_s(pid).unwrap_or_default();
+    // A child that ends in between counts with the next look.
+    own + ended + children_of(pid).into_iter().filter_map(|child| cpu_s(child).ok()).sum::<f64>()
+}
+
+/// Of the process, and of its children that have ended (proc(5): fields 14 to 17).
+fn cpu_and_ended_s(pid: u32) -> Option<[f64; 2]> {
+    let fields = after_name(pid)?;
+    let ticks = |at: usize| fields.split(' ').nth(at)?.parse::<f64>().ok();
+    Some([(ticks(11)? + ticks(12)?) / TICKS, (ticks(13)? + ticks(14)?) / TICKS])
+}
+
 /// The living children of a process, by `/proc`.
 pub fn children_of(pid: u32) -> Vec<u32> {
     let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
@@ -172,6 +198,11 @@ pub fn children_of(pid: u32) -> Vec<u32> {
 }
 
 fn parent_of(pid: u32) -> Option<u32> {
+    after_name(pid)?.split(' ').nth(1)?.parse().ok()
+}
+
+/// What /proc/PID/stat says from its third field on: before that is a name, which may hold anything.
+fn after_name(pid: u32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+    Some(stat.rsplit_once(") ")?.1.trim_end().to_owned())
 }

@@ -36,6 +36,13 @@ impl Product {
     }
 }
 
+impl Product {
+    /// Which build it is, by the directory that it was found in: `release`, `debug`.
+    pub fn profile(&self) -> &str {
+        self.pgcutover.parent().and_then(Path::file_name).and_then(|name| name.to_str()).unwrap_or_default()
+    }
+}
+
 fn build() -> Result<Product> {
     let given = env::var_os("PGCUTOVER_BIN_DIR").map(PathBuf::from);
     let directory = match given {

@@ -59,21 +59,28 @@ impl Stage {
         self.proxies.iter().map(Proxy::port).collect()
     }
 
-    /// Compares what clients were told with both sides; after a cutover that did not take place the target must have
-    /// caught up, so replication must run.
+    /// As [`audit_of`].
     ///
     /// # Errors
     /// A side can't be read.
     pub async fn audit(&self, notes: &[Notes], serving: Serving) -> Result<Audit> {
-        if serving == Serving::Source {
-            self.pair.in_step().await?;
-        }
-        let (source, target) =
-            tokio::try_join!(self.pair.source.superuser(DATABASE), self.pair.target.superuser(DATABASE))?;
-        let sides = match serving {
-            Serving::Source => Sides { serving: &source, other: Some(&target), moves: 0 },
-            Serving::Target => Sides { serving: &target, other: Some(&source), moves: 1 },
-        };
-        audit(notes, sides).await
+        audit_of(&self.pair, notes, serving).await
     }
+}
+
+/// Compares what clients were told with both sides; after a cutover that did not take place the target must have caught up,
+/// so replication must run.
+///
+/// # Errors
+/// A side can't be read.
+pub async fn audit_of(pair: &Pair, notes: &[Notes], serving: Serving) -> Result<Audit> {
+    if serving == Serving::Source {
+        pair.in_step().await?;
+    }
+    let (source, target) = tokio::try_join!(pair.source.superuser(DATABASE), pair.target.superuser(DATABASE))?;
+    let sides = match serving {
+        Serving::Source => Sides { serving: &source, other: Some(&target), moves: 0 },
+        Serving::Target => Sides { serving: &target, other: Some(&source), moves: 1 },
+    };
+    audit(notes, sides).await
 }

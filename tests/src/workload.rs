@@ -4,7 +4,7 @@
 //! Invariant: every client that was started is in the [`Outcome`] with its notes, its waits and its errors.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -51,6 +51,18 @@ pub struct WorkloadOptions {
     pub idle: u32,
     /// Writes go to accounts 1 to this.
     pub accounts: u32,
+    /// The closed loop made an open one.
+    pub open_loop: Option<OpenLoop>,
+}
+
+/// Clients that send at fixed times, evenly spread, whatever happens: whoever is late sends at once until it has caught up,
+/// and what fails it sends again. So no stall hides behind those that wait for it.
+#[derive(Clone, Debug)]
+pub struct OpenLoop {
+    /// Time for all of them to log in, one after the other, before the first transaction is due.
+    pub log_in: Duration,
+    /// Where they connect instead of `ports`: looked up at every login, as a name is.
+    pub address: Option<Arc<AtomicU16>>,
 }
 
 impl WorkloadOptions {
@@ -66,6 +78,7 @@ impl WorkloadOptions {
             pipelining: (0, 100),
             idle: 0,
             accounts: 1000,
+            open_loop: None,
         }
     }
 
@@ -74,11 +87,30 @@ impl WorkloadOptions {
     }
 
     fn login_of(&self, user: &str, client: u32) -> Config {
-        let port = self.ports[client as usize % self.ports.len().max(1)];
         let mut config = Config::new();
-        config.host("127.0.0.1").port(port).user(user).password(password(user)).dbname(DATABASE);
+        if self.address().is_none() {
+            config.port(self.ports[client as usize % self.ports.len().max(1)]);
+        }
+        config.host("127.0.0.1").user(user).password(password(user)).dbname(DATABASE);
         config.application_name(format!("load-{client}"));
         config
+    }
+
+    fn address(&self) -> Option<Arc<AtomicU16>> {
+        self.open_loop.as_ref()?.address.clone()
+    }
+
+    /// How client `number` goes about it, and when it logs in and begins.
+    fn pace(&self, number: u32, now: Instant) -> (Pace, (Instant, Instant)) {
+        let clients = self.clients.max(1);
+        let period = Duration::from_secs(1) * clients / self.writes_per_s.max(1);
+        match &self.open_loop {
+            None => (Pace::ThinkTime(period), (now, now)),
+            Some(OpenLoop { log_in, .. }) => {
+                let share = |of: Duration| of * number / clients;
+                (Pace::Insist(period), (now + share(*log_in), now + *log_in + share(period)))
+            }
+        }
     }
 }
 
@@ -153,7 +185,7 @@ impl Workload {
     }
 
     fn spawn_writers(&mut self, options: &WorkloadOptions) {
-        let period = Duration::from_secs(1) * options.clients / options.writes_per_s.max(1);
+        let now = Instant::now();
         for number in 0..options.clients {
             // Both ways to speak among those of either pooling.
             let protocol = if number / 2 % 2 == 0 { Protocol::Simple } else { Protocol::Extended };
@@ -161,13 +193,8 @@ impl Workload {
             let (sessions, other) = &options.sessions;
             let keeps = is_one_of(*sessions, number, options.clients);
             let login = options.login_of(if keeps { other } else { &options.user }, number);
-            self.spawn(options, id, |writer| Writer {
-                login,
-                protocol,
-                keeps,
-                pace: Pace::ThinkTime(period),
-                ..writer
-            });
+            let (pace, begins) = options.pace(number, now);
+            self.spawn(options, id, |writer| Writer { login, protocol, keeps, pace, begins, ..writer });
         }
     }
 
@@ -183,14 +210,18 @@ impl Workload {
 
     fn spawn(&mut self, options: &WorkloadOptions, id: i32, shape: impl FnOnce(Writer) -> Writer) {
         let notes = Notes { client: id, ..Notes::default() };
+        let now = Instant::now();
         let writer = shape(Writer {
             login: Config::new(),
+            address: options.address(),
+            begins: (now, now),
             protocol: Protocol::Extended,
             pace: Pace::Schedule(PROBE_PERIOD),
             diet: Diet::Mixed,
             keeps: false,
             accounts: options.accounts,
             counters: Arc::clone(&self.counters),
+            failures: 0,
             record: Record { notes, ..Record::default() },
         });
         self.tasks.push(tokio::spawn(writer.run(self.stop.clone())));

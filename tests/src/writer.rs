@@ -7,7 +7,7 @@
 //! something in its session has it to the end, or says what is missing.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio_postgres::types::{ToSql, Type};
@@ -25,6 +25,8 @@ pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 
 /// Between attempts to log in again.
 const LOGIN_PAUSE: Duration = Duration::from_millis(50);
+/// Whoever insists waits twice as long after each further failure, up to this: what retry loops of applications do.
+const BACK_OFF_MAX: Duration = Duration::from_secs(1);
 
 /// How a client speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +66,9 @@ pub(crate) enum Pace {
     ThinkTime(Duration),
     /// Open loop: at fixed times whatever happens; waits count from the time at which it was to be sent.
     Schedule(Duration),
+    /// Open loop, and nothing is given up: whoever fails leaves the connection, backs off, asks again where the database is
+    /// and sends the same work under a new number; its wait counts from when it was first to be sent.
+    Insist(Duration),
 }
 
 /// What a client sends.
@@ -77,6 +82,10 @@ pub(crate) enum Diet {
 /// A client before it runs.
 pub(crate) struct Writer {
     pub(crate) login: Config,
+    /// The port, where `login` names none: looked up at every login, as a name is.
+    pub(crate) address: Option<Arc<AtomicU16>>,
+    /// When it logs in, and when its first transaction is due.
+    pub(crate) begins: (Instant, Instant),
     pub(crate) protocol: Protocol,
     pub(crate) pace: Pace,
     pub(crate) diet: Diet,
@@ -85,6 +94,8 @@ pub(crate) struct Writer {
     /// Writes go to accounts 1 to this.
     pub(crate) accounts: u32,
     pub(crate) counters: Arc<Counters>,
+    /// Since something last went well.
+    pub(crate) failures: u32,
     pub(crate) record: Record,
 }
 
@@ -168,29 +179,52 @@ enum Ending {
 impl Writer {
     /// Runs until told to stop; the transaction under way is finished.
     pub(crate) async fn run(mut self, stop: CancellationToken) -> Record {
-        let mut next = Instant::now();
+        let (login_at, mut next) = self.begins;
         let mut n = 0;
+        until(login_at, &stop).await;
         while !stop.is_cancelled() {
             let Some(session) = self.log_in(&stop).await else { break };
-            while !stop.is_cancelled() && !session.client.is_closed() {
-                tokio::select! {
-                    () = tokio::time::sleep_until(next.into()) => {}
-                    () = stop.cancelled() => break,
-                }
+            while !session.client.is_closed() && until(next, &stop).await {
                 let began = match self.pace {
                     Pace::ThinkTime(_) => Instant::now(),
-                    Pace::Schedule(_) => next,
+                    Pace::Schedule(_) | Pace::Insist(_) => next,
                 };
                 n += 1;
                 let fine = self.transaction(&session, n, began).await;
-                next = began + self.period();
-                if !fine && session.client.batch_execute("ROLLBACK").await.is_err() {
+                self.failures = if fine { 0 } else { self.failures + 1 };
+                if fine || !self.insists() {
+                    next = began + self.period();
+                }
+                if !fine && (self.insists() || session.client.batch_execute("ROLLBACK").await.is_err()) {
                     break;
                 }
             }
             self.look_over(session).await;
+            if self.insists() && self.failures > 0 {
+                self.rest(&stop).await;
+            }
+        }
+        if self.insists() && next < Instant::now() {
+            // Whoever still waits when all is over has waited at least so long.
+            self.waited(Kind::Write, next);
         }
         self.record
+    }
+
+    fn insists(&self) -> bool {
+        matches!(self.pace, Pace::Insist(_))
+    }
+
+    /// Between two attempts. Clients differ by a quarter each way, so that not all of them come back at one moment.
+    async fn rest(&self, stop: &CancellationToken) {
+        let pause = match self.pace {
+            Pace::ThinkTime(_) | Pace::Schedule(_) => LOGIN_PAUSE,
+            Pace::Insist(_) => {
+                let doubled = LOGIN_PAUSE * 2_u32.pow(self.failures.saturating_sub(1).min(10));
+                doubled.min(BACK_OFF_MAX) * (75 + self.record.notes.client.unsigned_abs() * 37 % 50) / 100
+            }
+        };
+        until(Instant::now() + pause, stop).await;
     }
 
     /// A session's last minute: is everything there that was put into it?
@@ -207,7 +241,7 @@ impl Writer {
 
     fn period(&self) -> Duration {
         match self.pace {
-            Pace::ThinkTime(period) | Pace::Schedule(period) => period,
+            Pace::ThinkTime(period) | Pace::Schedule(period) | Pace::Insist(period) => period,
         }
     }
 
@@ -217,16 +251,18 @@ impl Writer {
                 Ok(session) => return Some(session),
                 Err(error) => self.error(ClientError::of(self.record.notes.client, "login", &error)),
             }
-            tokio::select! {
-                () = tokio::time::sleep(LOGIN_PAUSE) => {}
-                () = stop.cancelled() => {}
-            }
+            self.failures += 1;
+            self.rest(stop).await;
         }
         None
     }
 
     async fn session(&self) -> Result<Session, Error> {
-        let client = Client::connect(&self.login).await?;
+        let mut login = self.login.clone();
+        if let Some(address) = &self.address {
+            login.port(address.load(Ordering::Relaxed));
+        }
+        let client = Client::connect(&login).await?;
         let belongings = if self.keeps {
             let statements = Step::PREPARED.map(|step| (step.sql(), step.types()));
             Some(Belongings::acquire(&client, self.record.notes.client, &statements).await?)
@@ -298,9 +334,8 @@ impl Writer {
     }
 
     async fn step(&mut self, session: &Session, step: Step, entry: Entry, sent: Instant) -> Result<(), Ending> {
-        let at_us = now_us() - i64::try_from(sent.elapsed().as_micros()).unwrap_or(0);
         let answer = tokio::time::timeout(ANSWER_LIMIT, send(session, self.protocol, step, entry)).await;
-        self.record.samples.add(at_us, sent.elapsed(), step.kind());
+        self.waited(step.kind(), sent);
         let doing = format!("{step:?}").to_lowercase();
         let who = self.record.notes.client;
         match answer {
@@ -316,9 +351,24 @@ impl Writer {
         }
     }
 
+    /// Notes a wait that ends now.
+    fn waited(&mut self, kind: Kind, since: Instant) {
+        let waited = since.elapsed();
+        let at_us = now_us() - i64::try_from(waited.as_micros()).unwrap_or(0);
+        self.record.samples.add(at_us, waited, kind);
+    }
+
     fn error(&mut self, error: ClientError) {
         self.counters.errors.fetch_add(1, Ordering::Relaxed);
         self.record.errors.push(error);
+    }
+}
+
+/// Waits for a moment; false if it is told to stop first.
+async fn until(moment: Instant, stop: &CancellationToken) -> bool {
+    tokio::select! {
+        () = tokio::time::sleep_until(moment.into()) => !stop.is_cancelled(),
+        () = stop.cancelled() => false,
     }
 }
 

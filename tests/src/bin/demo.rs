@@ -13,7 +13,7 @@ use clap::{Parser, ValueEnum};
 use e2e::account::Account;
 use e2e::binaries::{Binaries, Network, Wanted};
 use e2e::cluster::Commits;
-use e2e::control::Finished;
+use e2e::control::{Finished, StepTime, steps};
 use e2e::ledger::Audit;
 use e2e::pair::{OTHER, PairOptions};
 use e2e::printer::{result, say};
@@ -127,12 +127,6 @@ struct Verdict {
     findings: Json,
     report_html: Option<PathBuf>,
     kept: Option<PathBuf>,
-}
-
-#[derive(Debug, Serialize)]
-struct StepTime {
-    name: String,
-    ms: f64,
 }
 
 impl Verdict {
@@ -358,14 +352,6 @@ impl Cutover {
             _ => Serving::Source,
         }
     }
-
-    fn steps(&self) -> Vec<StepTime> {
-        let steps = self.json.get("steps").and_then(Json::as_array).cloned().unwrap_or_default();
-        let one = |step: &Json| {
-            Some(StepTime { name: step.get("name")?.as_str()?.to_owned(), ms: step.get("ms")?.as_f64()? })
-        };
-        steps.iter().filter_map(one).collect()
-    }
 }
 
 fn verdict(args: &Args, setup: &Setup, cutover: &Cutover, outcome: &Outcome, audit: Audit) -> Verdict {
@@ -381,7 +367,7 @@ fn verdict(args: &Args, setup: &Setup, cutover: &Cutover, outcome: &Outcome, aud
         stall_ms: stalls(from_us, i64::MAX),
         stall_ms_before: stalls(settled_us, from_us),
         pause_ms: cutover.json.get("pause_ms").and_then(Json::as_f64),
-        steps: cutover.steps(),
+        steps: steps(&cutover.json),
         findings: cutover.json.get("findings").cloned().unwrap_or_default(),
         report_html: None,
         kept: args.keep.then(|| RunDir::current().map(|run| run.path().to_owned()).unwrap_or_default()),

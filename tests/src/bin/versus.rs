@@ -6,7 +6,7 @@
 //! Invariant: both poolers serve the same server with the same pool size and log in to it in the same way.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
@@ -16,11 +16,9 @@ use e2e::binaries::{Binaries, Network, Wanted};
 use e2e::bouncer::Bouncer;
 use e2e::pair::{APP, DATABASE, OTHER, PairOptions, SOURCE, password, single};
 use e2e::printer::{result, say};
+use e2e::process::cpu_s;
 use e2e::proxy::{Proxy, ProxyOptions};
 use tokio::process::Command as Tokio;
-
-/// Clock ticks a second in /proc/PID/stat, fixed on Linux for user space.
-const TICKS: f64 = 100.0;
 
 /// What a transaction is: one row of a small table by its key.
 const SCRIPT: &str = "\\set aid random(1, 1000)\nSELECT abalance FROM accounts WHERE aid = :aid;\n";
@@ -150,15 +148,6 @@ impl Load<'_> {
         let tps = number("tps =").context("pgbench said no tps")?;
         Ok(Figure { cpu_s: (cpu_s(pid)? - before) / processed * 100_000.0, tps })
     }
-}
-
-/// CPU seconds that a process has used (user and system; proc(5), fields 14 and 15).
-fn cpu_s(pid: u32) -> Result<f64> {
-    let path = PathBuf::from(format!("/proc/{pid}/stat"));
-    let stat = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-    let fields: Vec<&str> = stat.rsplit_once(')').context("an odd stat file")?.1.split_whitespace().collect();
-    let ticks = |index: usize| fields.get(index).and_then(|field| field.parse::<f64>().ok());
-    Ok((ticks(11).context("no utime")? + ticks(12).context("no stime")?) / TICKS)
 }
 
 /// A Markdown table of ratios, pgcutover to PgBouncer: below 1 is cheaper (CPU), above 1 is faster (tps).

@@ -80,6 +80,8 @@ mod transplant_random;
 #[cfg(test)]
 mod transplant_many;
 #[cfg(test)]
+mod moves;
+#[cfg(test)]
 mod rehearse;
 #[cfg(test)]
 mod rollback;
