@@ -5,7 +5,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::commands;
@@ -18,9 +18,20 @@ use crate::printer::{Exit, Output, Printer};
 #[derive(Debug, Parser)]
 #[command(name = "proxyctl", version, after_help = Exit::help(), max_term_width = 110)]
 pub struct Cli {
-    /// The description of the cutover.
-    #[arg(short, long, global = true, value_name = "FILE", default_value = "cutover.toml", env = "PROXYCTL_CONFIG")]
-    config: PathBuf,
+    /// The description of the cutover; several, with commas between them, for several databases in one run: preflight, cutover,
+    /// rehearse and rollback look at all of them first, then take one after the other.
+    #[arg(
+        short,
+        long,
+        global = true,
+        value_name = "FILE[,FILE…]",
+        default_value = "cutover.toml",
+        env = "PROXYCTL_CONFIG",
+        value_delimiter = ',',
+        action = ArgAction::Set,
+        num_args = 1
+    )]
+    config: Vec<PathBuf>,
     /// The form of stdout.
     #[arg(long, global = true, value_enum, default_value_t)]
     output: Output,
@@ -92,28 +103,64 @@ pub async fn run(typed: impl IntoIterator<Item = OsString>) -> Exit {
 }
 
 async fn perform(cli: Cli, printer: Printer) -> anyhow::Result<Exit> {
-    let context = || Ok::<_, ConfigError>(Context { config: Config::load(&cli.config)?, printer });
+    let all = |alone: bool| contexts(&cli.config, alone, printer);
+    let context = || one(&cli.config, printer);
     match cli.verb {
         Verb::Plan(plan) if plan.only_prints() => plan.print(printer),
         Verb::Plan(plan) => plan.run(&context()?).await,
         Verb::Completions(completions) => completions.run(&mut Cli::command(), printer),
         Verb::Objects(objects) if objects.only_prints() => objects.print(printer),
         Verb::Status => commands::status::run(&context()?).await,
-        Verb::Preflight => commands::preflight::run(&context()?).await,
+        Verb::Preflight => commands::series::preflights(&all(false)?).await,
         Verb::Sessions(sessions) => sessions.run(&context()?).await,
         Verb::Pause(pause) => pause.run(&context()?).await,
         Verb::Switch(switch) => switch.run(&context()?).await,
         Verb::Resume(resume) => resume.run(&context()?).await,
         Verb::Abort => commands::abort::run(&context()?).await,
         Verb::ResumeRun(resume_run) => resume_run.run(context()?).await,
-        Verb::Cutover(cutover) => cutover.run(Goal::Cutover, context()?).await,
-        Verb::Rehearse(rehearsal) => rehearsal.run(Goal::Rehearsal, context()?).await,
-        Verb::Rollback(rollback) => rollback.run(context()?).await,
+        Verb::Cutover(cutover) => commands::series::run(&cutover, Goal::Cutover, all(cutover.is_of_one_run())?).await,
+        Verb::Rehearse(rehearsal) => {
+            commands::series::run(&rehearsal, Goal::Rehearsal, all(rehearsal.is_of_one_run())?).await
+        }
+        Verb::Rollback(rollback) => {
+            let contexts = all(rollback.is_of_one_run())?;
+            rollback.run(contexts).await
+        }
         Verb::WayBack(way_back) => way_back.run(&context()?).await,
         Verb::WatchPgbouncer(watch) => watch.run(&context()?).await,
         Verb::Report(report) => report.run(&context()?),
         Verb::History(history) => history.run(&context()?),
         Verb::Objects(objects) => objects.run(&context()?).await,
+    }
+}
+
+/// One of each file; `alone`: several would write the same file.
+fn contexts(files: &[PathBuf], alone: bool, printer: Printer) -> Result<Vec<Context>, ConfigError> {
+    if alone {
+        return Ok(vec![one(files, printer)?]);
+    }
+    let mut contexts: Vec<Context> = Vec::new();
+    for file in files {
+        let config = Config::load(file)?;
+        let place = |config: &Config| (config.database.clone(), config.journal_dir.clone());
+        if let Some(other) = contexts.iter().find(|other| place(&other.config) == place(&config)) {
+            let reason = format!("'{}' is what {} moves, too", config.database, other.config.path.display());
+            return Err(ConfigError { file: file.clone(), key: "database".to_owned(), reason });
+        }
+        contexts.push(Context { config, printer });
+    }
+    Ok(contexts)
+}
+
+/// Of what takes one database at a time.
+fn one(files: &[PathBuf], printer: Printer) -> Result<Context, ConfigError> {
+    match files {
+        [file] => Ok(Context { config: Config::load(file)?, printer }),
+        [file, ..] => {
+            let reason = "this takes one configuration at a time".to_owned();
+            Err(ConfigError { file: file.clone(), key: "-".to_owned(), reason })
+        }
+        [] => Err(ConfigError { file: PathBuf::new(), key: "-".to_owned(), reason: "no file was named".to_owned() }),
     }
 }
 
@@ -146,5 +193,14 @@ mod tests {
         assert!(parses("proxyctl rollback --stop-at before:attached"));
         assert!(!parses("proxyctl rollback --preflight --rehearse"));
         assert!(parses("proxyctl way-back attach"));
+    }
+
+    #[test]
+    fn several_configurations_are_one_argument() {
+        let files = |line: &str| Cli::try_parse_from(line.split(' ')).map(|cli| cli.config.len());
+        assert_eq!(files("proxyctl -c a.toml,b.toml cutover").unwrap(), 2);
+        assert_eq!(files("proxyctl cutover -c a.toml").unwrap(), 1);
+        // The first would be left out without a word.
+        assert!(files("proxyctl -c a.toml -c b.toml cutover").is_err());
     }
 }

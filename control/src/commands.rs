@@ -28,6 +28,7 @@ pub mod report;
 pub mod resume;
 pub mod resume_run;
 pub mod rollback;
+pub mod series;
 pub mod sessions;
 pub mod status;
 pub mod switch;

@@ -10,7 +10,7 @@ use clap::Args;
 use pgcutover_api::epoch::RunId;
 use tokio::sync::watch;
 
-use crate::commands::{Context, interrupt, report};
+use crate::commands::{Context, report};
 use crate::config::Config;
 use crate::engine::{Engine, Hooks};
 use crate::event::Event;
@@ -46,11 +46,20 @@ struct Attempt {
 }
 
 impl Cutover {
+    /// Whether it names a file of one run.
+    pub fn is_of_one_run(&self) -> bool {
+        self.report.is_some() || self.clients.is_some()
+    }
+
     /// Cuts over, or rehearses it.
-    pub async fn run(self, goal: Goal, context: Context) -> anyhow::Result<Exit> {
+    pub async fn run(
+        &self,
+        goal: Goal,
+        context: Context,
+        mut interrupt: watch::Receiver<bool>,
+    ) -> anyhow::Result<Exit> {
         let Context { config, printer } = context;
         let attempts = self.attempts.unwrap_or(config.policy.attempts);
-        let mut interrupt = interrupt(printer)?;
         let mut number = 1;
         loop {
             let Attempt { exit, again } = self.attempt(goal, &config, printer, interrupt.clone()).await?;

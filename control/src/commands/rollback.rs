@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::clusters::{Cluster, Clusters, Role, way_back};
 use crate::commands::cutover::Cutover;
-use crate::commands::{Context, preflight};
+use crate::commands::{Context, series};
 use crate::event::Ending;
 use crate::finding::Finding;
 use crate::plan::Goal;
@@ -39,20 +39,28 @@ struct Refusal {
 }
 
 impl Rollback {
-    /// Turns the configuration round and goes.
-    pub async fn run(self, context: Context) -> anyhow::Result<Exit> {
-        let context = match turned(context).await {
-            Ok(context) => context,
-            Err((context, finding)) => {
-                let database = context.config.database.clone();
-                context.printer.data(&Refusal { database, outcome: Ending::Refused, findings: vec![finding] });
-                return Ok(Exit::Refused);
+    /// Whether it names a file of one run.
+    pub fn is_of_one_run(&self) -> bool {
+        self.how.is_of_one_run()
+    }
+
+    /// Turns the configurations round and goes; where one of them leads nowhere, nothing happens.
+    pub async fn run(self, contexts: Vec<Context>) -> anyhow::Result<Exit> {
+        let mut back = Vec::new();
+        for context in contexts {
+            match turned(context).await {
+                Ok(context) => back.push(context),
+                Err((context, finding)) => {
+                    let database = context.config.database.clone();
+                    context.printer.data(&Refusal { database, outcome: Ending::Refused, findings: vec![finding] });
+                    return Ok(Exit::Refused);
+                }
             }
-        };
+        }
         match (self.preflight, self.rehearse) {
-            (true, _) => preflight::run(&context).await,
-            (false, true) => self.how.run(Goal::Rehearsal, context).await,
-            (false, false) => self.how.run(Goal::Cutover, context).await,
+            (true, _) => series::preflights(&back).await,
+            (false, true) => series::run(&self.how, Goal::Rehearsal, back).await,
+            (false, false) => series::run(&self.how, Goal::Cutover, back).await,
         }
     }
 }

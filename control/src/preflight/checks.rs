@@ -10,7 +10,7 @@ mod servers;
 mod types;
 
 use crate::finding::Finding;
-use crate::preflight::facts::Facts;
+use crate::preflight::facts::{ClusterFacts, Facts};
 
 /// Every check, in the order in which they are read.
 pub fn checks(facts: &Facts) -> Vec<Finding> {
@@ -41,6 +41,7 @@ pub fn checks(facts: &Facts) -> Vec<Finding> {
         types::type_oids,
         people::old_transactions,
         people::prepared_transactions,
+        people::proxy_role,
         people::verifiers,
         people::bypass,
         people::proxies,
@@ -53,6 +54,11 @@ pub fn checks(facts: &Facts) -> Vec<Finding> {
 /// The findings, or one that says that all is well.
 fn or_green(check: &str, object: &str, well: &str, found: Vec<Finding>) -> Vec<Finding> {
     if found.is_empty() { vec![Finding::green(check, object, well)] } else { found }
+}
+
+/// Both servers, and what they are called.
+fn sides(facts: &Facts) -> [(&'static str, &ClusterFacts); 2] {
+    [("source", &facts.source), ("target", &facts.target)]
 }
 
 /// How a finding is made once its words are owned.

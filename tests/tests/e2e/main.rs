@@ -38,6 +38,8 @@ mod kills;
 #[cfg(test)]
 mod calm;
 #[cfg(test)]
+mod series;
+#[cfg(test)]
 mod house;
 #[cfg(test)]
 mod traffic;

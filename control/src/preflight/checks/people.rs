@@ -8,7 +8,7 @@ use pgcutover_api::store::Member;
 
 use crate::config::members::Unlisted;
 use crate::finding::Finding;
-use crate::preflight::checks::{Make, or_green, red_if};
+use crate::preflight::checks::{Make, or_green, red_if, sides};
 use crate::preflight::facts::{ClusterFacts, Control, Facts, LoginRole, ProxyFacts, Session, Verdict, Verifiers};
 use crate::roster::GONE;
 
@@ -63,9 +63,24 @@ pub(super) fn prepared_transactions(facts: &Facts) -> Vec<Finding> {
     or_green(CHECK, facts.db.as_str(), "none", found)
 }
 
+/// The grant to it is S0's; here it is known before anything is created.
+pub(super) fn proxy_role(facts: &Facts) -> Vec<Finding> {
+    const CHECK: &str = "proxy_role";
+    let role = &facts.limits.proxy_role;
+    let lacks = |cluster: &ClusterFacts| !cluster.logins.iter().any(|login| login.name == *role);
+    let sides = sides(facts).into_iter().filter(|(_, cluster)| lacks(cluster));
+    let finding = |side: &str| {
+        let fix =
+            format!("CREATE ROLE \"{role}\" LOGIN on the {side}, or name the proxies' login in policy.proxy_role.");
+        Finding::red(CHECK, format!("{side} role {role}"), "may not log in: proxies could read no decision", fix)
+    };
+    or_green(CHECK, role, "may log in to both", sides.map(|(side, _)| finding(side)).collect())
+}
+
 pub(super) fn verifiers(facts: &Facts) -> Vec<Finding> {
     const CHECK: &str = "verifiers";
-    let own = [&facts.source.login, &facts.target.login];
+    // The proxies log in themselves as the last one, with a password of their own configuration.
+    let own = [&facts.source.login, &facts.target.login, &facts.limits.proxy_role];
     let users = facts.source.logins.iter().filter(|role| !own.contains(&&role.name));
     let found: Vec<Finding> = users.filter_map(|role| verifier_of(facts, role, CHECK)).collect();
     or_green(CHECK, "target", "every login of the source works on the target", found)
@@ -95,8 +110,7 @@ fn verifier_of(facts: &Facts, role: &LoginRole, check: &str) -> Option<Finding> 
         );
         return Some(worst_for(role, seen(&verdicts))(check, object, "may not log in to the target".to_owned(), fix));
     };
-    // The proxies log in themselves as this one, with a password of their own configuration.
-    if seen(&verdicts) || role.name == facts.limits.proxy_role {
+    if seen(&verdicts) {
         return None;
     }
     if facts.source.verifiers == Verifiers::Hidden || facts.target.verifiers == Verifiers::Hidden {

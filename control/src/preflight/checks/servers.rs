@@ -5,7 +5,7 @@
 use pgcutover_api::store::GateForm;
 
 use crate::finding::Finding;
-use crate::preflight::checks::{or_green, red_if};
+use crate::preflight::checks::{or_green, red_if, sides};
 use crate::preflight::facts::{ClusterFacts, Facts};
 
 /// The versions that the SQL was run on.
@@ -13,10 +13,6 @@ const MAJOR_MIN: u32 = 11;
 const MAJOR_MAX: u32 = 18;
 /// Above this the clocks differ by more than a person expects to see in `now()` defaults.
 const CLOCK_SKEW_MS_MAX: i64 = 1000;
-
-fn sides(facts: &Facts) -> [(&'static str, &ClusterFacts); 2] {
-    [("source", &facts.source), ("target", &facts.target)]
-}
 
 fn major(cluster: &ClusterFacts) -> u32 {
     cluster.identity.version_num / 10_000

@@ -100,7 +100,7 @@ fn cluster(system_identifier: u64, version_num: u32) -> ClusterFacts {
         server_bound: Vec::new(),
         sessions: Vec::new(),
         prepared: Vec::new(),
-        logins: vec![login("app", "SCRAM-SHA-256$x")],
+        logins: vec![login("app", "SCRAM-SHA-256$x"), login("pgcutover_proxy", "SCRAM-SHA-256$p")],
         verifiers: Verifiers::Read,
         types: Types::Read(vec![mood(20_000), array(mood(20_000), 19_999)]),
         store: None,
@@ -369,7 +369,9 @@ fn old_and_prepared_transactions_are_seen_on_both_sides() {
 fn logins_that_would_fail_on_the_target_are_seen() {
     let verdict = |verdict| LoginVerdict { user: "app".to_owned(), verdict };
     gives(Level::Red, "verifiers", "role app", |f| f.target.logins[0].verifier = Some("SCRAM-SHA-256$y".to_owned()));
-    gives(Level::Red, "verifiers", "role app", |f| f.target.logins.clear());
+    gives(Level::Red, "verifiers", "role app", |f| f.target.logins.retain(|role| role.name != "app"));
+    gives(Level::Red, "proxy_role", "source role", |f| f.source.logins.retain(|role| role.name == "app"));
+    gives(Level::Red, "proxy_role", "target role", |f| f.target.logins.retain(|role| role.name == "app"));
     gives(Level::Red, "verifiers", "role app", |f| f.source.verifiers = Verifiers::Hidden);
     gives(Level::Red, "verifiers", "role app", |f| f.target.verifiers = Verifiers::Hidden);
     gives(Level::Red, "verifiers", "role app", |f| {
@@ -377,7 +379,7 @@ fn logins_that_would_fail_on_the_target_are_seen() {
     });
     gives(Level::Yellow, "verifiers", "role app", |f| {
         f.source.logins[0].is_administrative = true;
-        f.target.logins.clear();
+        f.target.logins.retain(|role| role.name != "app");
     });
     let proved = with(|f| {
         f.target.verifiers = Verifiers::Hidden;
