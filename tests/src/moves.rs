@@ -167,6 +167,7 @@ impl Move {
         let (before_us, before) = (now_us(), Reading::of(&front, &workload));
         tokio::time::sleep(self.around).await; // the load's own time
         let calm = before.until(&Reading::of(&front, &workload));
+        let calm_until_us = now_us();
         let prediction = if self.rehearse { front.rehearse().await? } else { None };
         let from_us = now_us() - BEFORE_US;
         let carried = front.carry().await?;
@@ -181,7 +182,7 @@ impl Move {
             way: self.way,
             stall_ms: Stalls::of_us(stalls_us.clone()),
             stalls_us,
-            stall_ms_before: Stalls::of_us(stalls((before_us, from_us))),
+            stall_ms_before: Stalls::of_us(stalls((before_us, calm_until_us))),
             writes_per_s_before: calm.0,
             cpu: calm.1,
             in_doubt: audit.unknown,

@@ -69,8 +69,17 @@ impl Prediction {
             "reading the sequences once more, 0.05 ms for each, and one commit like the abort's",
         ));
         parts.push(estimated(Step::Decided, 2.0 * decision_ms, "two commits like the abort's, one on either server"));
-        parts.push(estimated(Step::Switched, resume_ms, "as long as resuming took"));
-        parts.push(Part { step: Step::Resumed, ms: resume_ms, known: Known::Measured });
+        parts.push(estimated(
+            Step::Switched,
+            3.0 * decision_ms,
+            "reading the decision, the evidence and a file, each like the abort's commit",
+        ));
+        // A rehearsal's RESUME waits for every proxy to read the abort; that of a cutover asks no server.
+        parts.push(estimated(
+            Step::Resumed,
+            resume_ms.min(decision_ms),
+            "an answer of every proxy, no longer than the abort's commit",
+        ));
         parts.sort_by_key(|part| part.step);
         debug_assert!(paused_us <= resumed_us, "a run resumes after it paused");
         Some(Prediction { pause_ms: parts.iter().map(|part| part.ms).sum(), parts })
@@ -145,7 +154,9 @@ mod tests {
         assert!((part(Step::Paused) - 5.0).abs() < 0.001, "{prediction}");
         assert!((part(Step::Durable) - (2.0 + 1.0 + 3.0)).abs() < 0.001, "{prediction}");
         assert!((part(Step::Decided) - 6.0).abs() < 0.001, "{prediction}");
-        assert!((part(Step::Resumed) - 15.0).abs() < 0.001, "{prediction}");
+        // RESUME took 15 ms, but on the source, after every proxy had read the abort.
+        assert!((part(Step::Switched) - 9.0).abs() < 0.001, "{prediction}");
+        assert!((part(Step::Resumed) - 3.0).abs() < 0.001, "{prediction}");
         let sum: f64 = prediction.parts.iter().map(|part| part.ms).sum();
         assert!((sum - prediction.pause_ms).abs() < 0.001);
         assert_eq!(report.outcome, Ending::Rehearsed);
