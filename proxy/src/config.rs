@@ -14,7 +14,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 pub use lookup::UserLookup;
-pub use words::{AuthType, ClientTls, PoolMode, ProtocolVersion, SessionPolicy, SslMode};
+pub use words::{AuthType, ClientTls, PoolMode, ProtocolVersion, SessionPolicy, SslMode, WritesPolicy};
 
 /// The whole checked configuration.
 #[derive(Debug, Clone)]
@@ -135,6 +135,8 @@ pub struct Database {
     pub auth_dbname: Option<String>,
     /// Sessions that can't be moved.
     pub session_policy: SessionPolicy,
+    /// What becomes of a statement that writes while a pause holds writes.
+    pub writes_policy: WritesPolicy,
     /// Login for decisions and checks.
     pub control: Option<Control>,
     /// Declared servers by name; contains `active`.
@@ -271,6 +273,12 @@ impl Config {
             .and_then(|u| u.pool_size)
             .or_else(|| self.databases.get(database).and_then(|d| d.pool_size))
             .unwrap_or(self.general.default_pool_size)
+    }
+
+    /// What becomes of statements that write while a pause of the database holds writes.
+    #[must_use]
+    pub fn writes_policy(&self, database: &str) -> WritesPolicy {
+        self.databases.get(database).map(|d| d.writes_policy).unwrap_or_default()
     }
 
     /// What becomes of a database's sessions that can't be moved.
@@ -436,6 +444,7 @@ fn database(name: &str, raw: raw::Database) -> Database {
         auth_user: raw.auth_user,
         auth_dbname: raw.auth_dbname,
         session_policy: raw.session_policy.unwrap_or_default(),
+        writes_policy: raw.writes_policy.unwrap_or_default(),
         control: raw.control_user.map(|user| Control { user, password: raw.control_password }),
         backends: raw
             .backends

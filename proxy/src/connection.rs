@@ -21,6 +21,7 @@ use crate::cancel::{Cancels, Issued, Owner};
 use crate::client::{Client, Enrolled, Who};
 use crate::config::PoolMode;
 use crate::database::{Database, Process};
+use crate::gate::Wants;
 use crate::handshake;
 use crate::handshake::Hello;
 use crate::message;
@@ -392,7 +393,7 @@ async fn first_server(pool: &Arc<Pool>, worker: usize) -> Result<Lease, Report> 
     loop {
         // It waits for no transaction: those that do come first.
         let turn = AtomicU64::new(0);
-        let held = timeout_at(shed_at, pool.site.gate.enter(0, &turn)).await;
+        let held = timeout_at(shed_at, pool.site.gate.enter(0, &turn, Wants::Any)).await;
         let pass = held.map_err(|_| Report::held_too_long())?;
         let deadline = Instant::now() + config.general.client_login_timeout;
         let checkout = timeout_at(deadline, pool.checkout(pass, None, worker)).await;

@@ -15,6 +15,7 @@ mod switch;
 mod transplant;
 mod verdict;
 mod watch;
+mod writes;
 
 pub use blockers::Blocker;
 pub use lookup::Question;

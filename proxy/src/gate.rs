@@ -1,8 +1,9 @@
 //! Decides when a transaction may begin.
 //!
 //! Invariant: while the gate is shut no new [`Pass`] is given out, so once no pass is out none will be until it opens:
-//! a pause that is drained stays drained. A pause is an owned object, not a flag: only its own end, named by its
-//! [`PauseId`], opens the gate. No clock and no IO here; time comes from the caller.
+//! a pause that is drained stays drained. While it is shut for writes only, a new pass permits reads; once no other is out
+//! none will be. Both may be in force at a time, and neither opens the other. A pause is an owned object, not a flag: only
+//! its own end, named by its [`PauseId`], opens the gate. No clock and no IO here; time comes from the caller.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -19,7 +20,7 @@ use crate::relay::ShutSignal;
 /// The gate of one database.
 #[derive(Debug, Default)]
 pub struct Gate {
-    /// The number of passes out, and [`SHUT`].
+    /// The passes out: those for everything in the lower half, those for reads from [`READER`] on; [`SHUT`], [`WRITES`].
     word: AtomicU64,
     /// Clients waiting in [`Gate::enter`].
     held: AtomicU32,
@@ -35,9 +36,17 @@ pub struct Gate {
 /// Set while a pause holds the gate.
 const SHUT: u64 = 1 << 63;
 
+/// Set while a pause holds writes.
+const WRITES: u64 = 1 << 62;
+
+/// One pass for reads.
+const READER: u64 = 1 << 32;
+
 #[derive(Debug, Default)]
 struct Shutter {
     pause: Option<Pause>,
+    /// The pause that holds writes.
+    writes: Option<Pause>,
     last: u64,
     admitted: HashSet<u64>,
 }
@@ -46,11 +55,72 @@ struct Shutter {
 #[derive(Debug)]
 pub struct Pass {
     gate: Arc<Gate>,
+    permits: Permits,
+}
+
+/// What a pass permits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Permits {
+    /// Any transaction.
+    All,
+    /// One in read-only mode.
+    Reads,
+    /// As [`Permits::Reads`], without that mode: the client is about to ask for it, or to set it, itself.
+    Settings,
+}
+
+/// What whoever waits for a pass has to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wants {
+    /// A pass for reads will do.
+    Any,
+    /// It writes.
+    All,
+}
+
+impl Pass {
+    /// What it permits.
+    #[must_use]
+    pub fn permits(&self) -> Permits {
+        self.permits
+    }
+
+    /// The same for a client that speaks of the read-only mode itself.
+    #[must_use]
+    pub fn for_settings(mut self) -> Self {
+        if self.permits == Permits::Reads {
+            self.permits = Permits::Settings;
+        }
+        self
+    }
+
+    /// Whether a pass of today would be another one, or none.
+    #[must_use]
+    pub fn is_stale(&self) -> bool {
+        let expected = if self.permits == Permits::All { 0 } else { WRITES };
+        self.gate.word.load(Ordering::Acquire) & (SHUT | WRITES) != expected
+    }
+
+    /// In the place of a pass for reads one for everything, if the gate is open by now.
+    #[must_use]
+    pub fn renewed(&self) -> Option<Pass> {
+        if self.permits == Permits::All || !self.is_stale() {
+            return None;
+        }
+        self.gate.try_enter_for(Wants::All)
+    }
+}
+
+impl ShutSignal for Pass {
+    /// Whoever may only read goes one statement at a time: each may be the one that has to wait.
+    fn is_shut(&self) -> bool {
+        self.permits != Permits::All || self.gate.word.load(Ordering::Acquire) & (SHUT | WRITES) != 0
+    }
 }
 
 impl Drop for Pass {
     fn drop(&mut self) {
-        self.gate.leave();
+        self.gate.leave(if self.permits == Permits::All { 1 } else { READER });
     }
 }
 
@@ -127,21 +197,36 @@ impl ShutSignal for Gate {
 }
 
 impl Gate {
-    /// A pass, if the gate is open. The hot path: one atomic addition, no lock.
+    /// A pass, if the gate is open, or open for reads. The hot path: one atomic load and one addition, no lock.
     #[must_use]
     pub fn try_enter(self: &Arc<Self>) -> Option<Pass> {
-        if self.word.fetch_add(1, Ordering::AcqRel) & SHUT == 0 {
-            return Some(Pass { gate: Arc::clone(self) });
+        self.try_enter_for(Wants::Any)
+    }
+
+    fn try_enter_for(self: &Arc<Self>, wants: Wants) -> Option<Pass> {
+        // Goes round again only where a pause of writes begins or ends between the two looks.
+        loop {
+            let reads = self.word.load(Ordering::Acquire) & WRITES != 0;
+            if reads && wants == Wants::All {
+                return None;
+            }
+            let (pass, permits) = if reads { (READER, Permits::Reads) } else { (1, Permits::All) };
+            let before = self.word.fetch_add(pass, Ordering::AcqRel);
+            if before & SHUT == 0 && (before & WRITES != 0) == reads {
+                return Some(Pass { gate: Arc::clone(self), permits });
+            }
+            self.leave(pass);
+            if before & SHUT != 0 {
+                return None;
+            }
         }
-        self.leave();
-        None
     }
 
     /// Waits for a pass. The wait is ended by the end of the pause; the caller adds the client's hold budget, its
     /// hang-up and its cancel. Cancel safe: dropped while waiting it holds nothing.
     ///
     /// `turn` becomes the client's place in the order in which clients came to the shut gate, from 1 up.
-    pub async fn enter(self: &Arc<Self>, client: u64, turn: &AtomicU64) -> Pass {
+    pub async fn enter(self: &Arc<Self>, client: u64, turn: &AtomicU64, wants: Wants) -> Pass {
         let _held = Held::new(&self.held);
         turn.store(self.turns.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
         loop {
@@ -149,7 +234,7 @@ impl Gate {
             tokio::pin!(opened);
             // Registered before the gate is tried: an opening in between wakes us.
             opened.as_mut().enable();
-            if let Some(pass) = self.try_enter().or_else(|| self.admitted(client)) {
+            if let Some(pass) = self.try_enter_for(wants).or_else(|| self.admitted(client, wants)) {
                 return pass;
             }
             opened.await;
@@ -159,7 +244,14 @@ impl Gate {
     /// Open transactions.
     #[must_use]
     pub fn passes(&self) -> u64 {
-        self.word.load(Ordering::Acquire) & !SHUT
+        let word = self.word.load(Ordering::Acquire);
+        writers(word) + readers(word)
+    }
+
+    /// Open transactions that may write: they began while no pause held writes.
+    #[must_use]
+    pub fn writers(&self) -> u64 {
+        writers(self.word.load(Ordering::Acquire))
     }
 
     /// Held clients.
@@ -168,10 +260,22 @@ impl Gate {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// The pause that holds the gate.
+    /// The pause that holds the gate. One that holds writes only is none of these: nothing may rely on it.
     #[must_use]
     pub fn pause(&self) -> Option<Pause> {
         self.lock().pause.clone()
+    }
+
+    /// The pause that holds writes.
+    #[must_use]
+    pub fn writes(&self) -> Option<Pause> {
+        self.lock().writes.clone()
+    }
+
+    /// Whether anybody is held, writers or all.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.word.load(Ordering::Acquire) & (SHUT | WRITES) != 0
     }
 
     /// Shuts the gate. A hold of the same run and epoch is taken over, with the new owner and lease.
@@ -208,6 +312,25 @@ impl Gate {
         let shutter = self.lock();
         let holds = shutter.pause.as_ref().is_some_and(|pause| pause.id == id);
         holds.then(|| self.put(shutter, intent, now))
+    }
+
+    /// Shuts the gate for writes, whatever else holds it.
+    ///
+    /// # Errors
+    /// The pause that holds writes already.
+    pub fn hold_writes(&self, intent: Intent, now: Instant) -> Result<PauseId, Box<Pause>> {
+        let mut shutter = self.lock();
+        if let Some(held) = &shutter.writes {
+            return Err(Box::new(held.clone()));
+        }
+        shutter.last += 1;
+        let id = PauseId(shutter.last);
+        let lease_ends = intent.lease.map(|lease| now + lease);
+        shutter.writes = Some(Pause { id, owner: intent.owner, epoch: intent.epoch, since: now, lease_ends });
+        self.word.fetch_or(WRITES, Ordering::AcqRel);
+        drop(shutter);
+        self.moved.notify_waiters();
+        Ok(id)
     }
 
     fn put(&self, mut shutter: MutexGuard<'_, Shutter>, intent: Intent, now: Instant) -> PauseId {
@@ -255,12 +378,14 @@ impl Gate {
     /// turns say it, since they are woken on several threads.
     pub fn open(&self, id: PauseId) -> bool {
         let mut shutter = self.lock();
-        if shutter.pause.as_ref().map(|pause| pause.id) != Some(id) {
-            return false;
+        let Some(bit) = shutter.bit(id) else { return false };
+        if bit == SHUT {
+            shutter.pause = None
+        } else {
+            shutter.writes = None
         }
-        shutter.pause = None;
         shutter.admitted.clear();
-        self.word.fetch_and(!SHUT, Ordering::AcqRel);
+        self.word.fetch_and(!bit, Ordering::AcqRel);
         drop(shutter);
         self.opened.notify_waiters();
         self.moved.notify_waiters();
@@ -271,8 +396,7 @@ impl Gate {
     /// nothing once the pause is drained.
     pub fn admit(&self, id: PauseId, client: u64) {
         let mut shutter = self.lock();
-        let ours = shutter.pause.as_ref().map(|pause| pause.id) == Some(id);
-        if ours && self.passes() > 0 {
+        if shutter.bit(id).is_some_and(|bit| self.waited_for(bit) > 0) {
             shutter.admitted.insert(client);
             drop(shutter);
             self.opened.notify_waiters();
@@ -286,10 +410,8 @@ impl Gate {
             let moved = self.moved.notified();
             tokio::pin!(moved);
             moved.as_mut().enable();
-            if self.lock().pause.as_ref().map(|pause| pause.id) != Some(id) {
-                return Drained::Ended;
-            }
-            if self.passes() == 0 {
+            let Some(bit) = self.lock().bit(id) else { return Drained::Ended };
+            if self.waited_for(bit) == 0 {
                 return Drained::Yes;
             }
             moved.await;
@@ -301,27 +423,65 @@ impl Gate {
         self.moved.notified()
     }
 
-    fn admitted(self: &Arc<Self>, client: u64) -> Option<Pass> {
+    fn admitted(self: &Arc<Self>, client: u64, wants: Wants) -> Option<Pass> {
         let mut shutter = self.lock();
-        // Checked under the lock together with the count: a drained pause admits nobody.
-        if self.passes() == 0 || !shutter.admitted.remove(&client) {
+        let word = self.word.load(Ordering::Acquire);
+        // Checked under the lock together with the counts: a drained pause admits nobody.
+        let writes_drained = word & WRITES != 0 && writers(word) == 0;
+        let drained = if word & SHUT != 0 { writers(word) + readers(word) == 0 } else { writes_drained };
+        let permits = match wants {
+            _ if drained => return None,
+            Wants::All if writes_drained => return None,
+            Wants::Any if writes_drained => Permits::Reads,
+            Wants::Any | Wants::All => Permits::All,
+        };
+        if !shutter.admitted.remove(&client) {
             return None;
         }
-        self.word.fetch_add(1, Ordering::AcqRel);
-        Some(Pass { gate: Arc::clone(self) })
+        self.word.fetch_add(if permits == Permits::All { 1 } else { READER }, Ordering::AcqRel);
+        Some(Pass { gate: Arc::clone(self), permits })
     }
 
-    fn leave(&self) {
-        let before = self.word.fetch_sub(1, Ordering::AcqRel);
-        if before == SHUT | 1 {
+    fn leave(&self, pass: u64) {
+        let now = self.word.fetch_sub(pass, Ordering::AcqRel) - pass;
+        if now & (SHUT | WRITES) == 0 {
+            return;
+        }
+        let last_writer = now & WRITES != 0 && pass == 1 && writers(now) == 0;
+        if last_writer || (now & SHUT != 0 && writers(now) + readers(now) == 0) {
             self.moved.notify_waiters();
         }
+    }
+
+    /// Passes that a pause with this bit waits for.
+    fn waited_for(&self, bit: u64) -> u64 {
+        if bit == SHUT { self.passes() } else { self.writers() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Shutter> {
         // Nothing under this lock panics; a poisoned one would still hold a consistent pause.
         self.pause.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+impl Shutter {
+    /// The bit of a pause that is in force.
+    fn bit(&self, id: PauseId) -> Option<u64> {
+        let is_it = |pause: &Option<Pause>| pause.as_ref().is_some_and(|pause| pause.id == id);
+        match (is_it(&self.pause), is_it(&self.writes)) {
+            (true, _) => Some(SHUT),
+            (false, true) => Some(WRITES),
+            (false, false) => None,
+        }
+    }
+}
+
+fn writers(word: u64) -> u64 {
+    word & (READER - 1)
+}
+
+fn readers(word: u64) -> u64 {
+    (word & !(SHUT | WRITES)) / READER
 }
 
 struct Held<'a>(&'a AtomicU32);
@@ -369,7 +529,7 @@ mod tests {
         let id = gate.shut(plain(), Instant::now()).unwrap();
         assert!(gate.try_enter().is_none());
         let turn = AtomicU64::new(0);
-        let mut held = Box::pin(gate.enter(1, &turn));
+        let mut held = Box::pin(gate.enter(1, &turn, Wants::Any));
         let mut drained = Box::pin(gate.drained(id));
         assert!(is_pending(&mut held).await && is_pending(&mut drained).await);
         assert_eq!(gate.held(), 1);
@@ -428,8 +588,8 @@ mod tests {
         let open = gate.try_enter().unwrap();
         let id = gate.shut(plain(), Instant::now()).unwrap();
         let turn = AtomicU64::new(0);
-        let mut held = Box::pin(gate.enter(1, &turn));
-        let mut other = Box::pin(gate.enter(2, &turn));
+        let mut held = Box::pin(gate.enter(1, &turn, Wants::Any));
+        let mut other = Box::pin(gate.enter(2, &turn, Wants::Any));
         assert!(is_pending(&mut held).await && is_pending(&mut other).await);
         gate.admit(id, 1);
         assert!(is_pending(&mut other).await);
@@ -468,5 +628,67 @@ mod tests {
         }
         stop.store(1, Ordering::Relaxed);
         threads.into_iter().for_each(|thread| thread.join().unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_pause_of_writes_waits_for_what_may_write_and_lets_reads_begin() {
+        let gate = Arc::new(Gate::default());
+        let open = gate.try_enter().unwrap();
+        assert_eq!((open.permits(), open.is_shut()), (Permits::All, false));
+        let id = gate.hold_writes(plain(), Instant::now()).unwrap();
+        assert!(open.is_shut() && open.is_stale() && !gate.is_shut() && gate.is_paused());
+        let mut drained = Box::pin(gate.drained(id));
+        let reader = gate.try_enter().unwrap();
+        assert_eq!((reader.permits(), reader.is_stale(), gate.passes(), gate.writers()), (Permits::Reads, false, 2, 1));
+        let turn = AtomicU64::new(0);
+        let mut writer = Box::pin(gate.enter(1, &turn, Wants::All));
+        assert!(is_pending(&mut writer).await && is_pending(&mut drained).await);
+        drop(open);
+        assert_eq!(drained.await, Drained::Yes, "a reader is not waited for");
+        assert!(gate.try_enter().is_some() && is_pending(&mut writer).await && reader.renewed().is_none());
+        assert!(gate.open(id));
+        assert_eq!(writer.await.permits(), Permits::All);
+        assert!(reader.is_stale());
+        assert_eq!(reader.renewed().unwrap().permits(), Permits::All);
+        drop(reader);
+        assert_eq!((gate.passes(), gate.held()), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn a_pause_and_a_pause_of_writes_end_apart() {
+        let gate = Arc::new(Gate::default());
+        let writes = gate.hold_writes(plain(), Instant::now()).unwrap();
+        assert!(gate.pause().is_none() && gate.hold_writes(plain(), Instant::now()).is_err());
+        let reader = gate.try_enter().unwrap();
+        let all = gate.shut(claimed(1, 100), Instant::now()).unwrap();
+        assert!(gate.try_enter().is_none() && reader.is_stale());
+        let mut drained = Box::pin(gate.drained(all));
+        assert!(is_pending(&mut drained).await, "whoever reads is in a transaction too");
+        drop(reader);
+        assert_eq!(drained.await, Drained::Yes);
+        let turn = AtomicU64::new(0);
+        let mut held = Box::pin(gate.enter(1, &turn, Wants::Any));
+        assert!(is_pending(&mut held).await && gate.open(all) && !gate.open(all));
+        assert_eq!(held.await.permits(), Permits::Reads, "writes are still held");
+        assert!(gate.open(writes));
+        assert_eq!(gate.try_enter().unwrap().permits(), Permits::All);
+        assert_eq!(gate.passes(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_drained_pause_of_writes_lets_no_writer_through() {
+        let gate = Arc::new(Gate::default());
+        let open = gate.try_enter().unwrap();
+        let id = gate.hold_writes(plain(), Instant::now()).unwrap();
+        let turn = AtomicU64::new(0);
+        let (mut owner, mut late) =
+            (Box::pin(gate.enter(1, &turn, Wants::All)), Box::pin(gate.enter(2, &turn, Wants::All)));
+        assert!(is_pending(&mut owner).await && is_pending(&mut late).await);
+        gate.admit(id, 1);
+        let admitted = owner.await;
+        assert_eq!(admitted.permits(), Permits::All);
+        gate.admit(id, 2);
+        drop((open, admitted));
+        assert!(is_pending(&mut late).await, "drained meanwhile");
     }
 }

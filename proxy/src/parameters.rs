@@ -30,6 +30,9 @@ const READ_ONLY: [&[u8]; 7] = [
 const KEPT: [&[u8]; 5] =
     [b"client_encoding", b"DateStyle", b"IntervalStyle", b"standard_conforming_strings", b"TimeZone"];
 
+/// What puts a session into read-only mode. Servers report it from 14 on.
+pub const READ_ONLY_MODE: &[u8] = b"default_transaction_read_only";
+
 /// Settings that no statement's meaning depends on and in which clients often differ.
 const MEANINGLESS: [&[u8]; 5] = [
     b"application_name",
@@ -121,6 +124,34 @@ impl Settings {
         let mut query = b"RESET ALL; ".to_vec();
         query.extend_from_slice(&Settings::default().query_to(self).unwrap_or_default());
         query
+    }
+
+    /// The same in read-only mode.
+    #[must_use]
+    pub fn read_only(&self) -> Settings {
+        self.with(READ_ONLY_MODE, Some(b"on"))
+    }
+
+    /// The same with another value of one, or without it.
+    #[must_use]
+    pub fn with(&self, name: &[u8], value: Option<&[u8]>) -> Settings {
+        let mut settings = self.clone();
+        match (value, settings.find(name)) {
+            (Some(value), _) => settings.set(name.into(), value.into()),
+            (None, Ok(index)) => drop(settings.0.remove(index)),
+            (None, Err(_)) => {}
+        }
+        settings
+    }
+
+    /// What a server that starts with `initial` would report of read-only mode with these settings; `None` where it does
+    /// not.
+    #[must_use]
+    pub fn own_mode<'a>(&self, initial: &'a Reported) -> Option<&'a [u8]> {
+        let start = reported(initial, READ_ONLY_MODE)?;
+        // As PostgreSQL reads a boolean, which may be cut short.
+        let is_on = |value: &[u8]| matches!(*value.to_ascii_lowercase(), [b'1'] | [b'o', b'n'] | [b't' | b'y', ..]);
+        Some(self.value(READ_ONLY_MODE).map_or(start, |own| if is_on(own) { b"on" } else { b"off" }))
     }
 
     /// With those of `start` that are not among them.
@@ -227,6 +258,26 @@ mod tests {
         settings.follow(&initial, b"server_version", b"17");
         assert_eq!(settings, Settings::default());
     }
+
+    #[test]
+    fn read_only_mode_is_put_on_and_taken_off_again() {
+        let own = Settings::new([pair("TimeZone", "CET")]);
+        let on = own.query_to(&own.read_only()).unwrap();
+        assert!(String::from_utf8(on).unwrap().contains("E'default_transaction_read_only',  E'on'"));
+        assert_eq!(own.read_only().query_to(&own).unwrap(), b"RESET \"default_transaction_read_only\"; ");
+        let reads = Settings::new([pair("Default_Transaction_Read_Only", "on")]);
+        assert_eq!(reads.query_to(&reads.read_only()), None, "its own wish");
+        let off = Settings::new([pair("default_transaction_read_only", "off")]);
+        assert!(String::from_utf8(off.read_only().query_to(&off).unwrap()).unwrap().ends_with("E'off', false)"));
+        let initial = vec![pair("default_transaction_read_only", "off")];
+        assert_eq!(own.own_mode(&initial), Some(&b"off"[..]));
+        for (wish, told) in [("TRUE", "on"), ("1", "on"), ("y", "on"), ("of", "off"), ("0", "off"), ("false", "off")] {
+            let own = Settings::new([pair("default_transaction_read_only", wish)]);
+            assert_eq!(own.own_mode(&initial), Some(told.as_bytes()), "{wish}");
+        }
+        assert_eq!(reads.own_mode(&Vec::new()), None, "a server before 14");
+    }
+
     #[test]
     fn a_session_that_moves_keeps_how_it_reads_and_is_told_the_rest() {
         let old = vec![pair("server_version", "13"), pair("TimeZone", "UTC"), pair("DateStyle", "ISO, MDY")];

@@ -151,7 +151,8 @@ pub struct Lease {
     /// The connection.
     pub pooled: Box<Pooled>,
     pool: Arc<Pool>,
-    pass: Pass,
+    /// Permission for that transaction.
+    pub pass: Pass,
 }
 
 /// A server connection that a session-pooled client keeps between its transactions.
@@ -218,7 +219,7 @@ impl Pool {
         if let Some(pooled) = self.take_idle(worker) {
             return Ok(Lease { pooled, pool: Arc::clone(self), pass });
         }
-        let pooled = self.wait(worker, turn).await?;
+        let pooled = self.wait(worker, turn, &pass).await?;
         let pooled = rehomed(pooled, worker).ok_or_else(|| refused(Report::server_connection_lost()))?;
         Ok(Lease { pooled, pool: Arc::clone(self), pass })
     }
@@ -242,10 +243,15 @@ impl Pool {
         }
     }
 
-    async fn wait(self: &Arc<Self>, worker: usize, turn: Option<NonZeroU64>) -> Result<Box<Pooled>, NoServer> {
+    async fn wait(
+        self: &Arc<Self>,
+        worker: usize,
+        turn: Option<NonZeroU64>,
+        pass: &Pass,
+    ) -> Result<Box<Pooled>, NoServer> {
         let (hold, refuse) = self.queue(worker, turn);
         // Looked at after the waiter stands in the queue: a pause either finds it there or is seen here.
-        if self.site.gate.is_shut() {
+        if pass.is_stale() {
             self.send_back_waiters();
         }
         // One may have come to rest after we looked and before we stood in the queue: nobody else would hand it over.

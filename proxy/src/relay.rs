@@ -17,6 +17,7 @@ use std::task::{Context, Poll};
 use crate::frame::{HEADER_BYTES, Header};
 use crate::message;
 use crate::message::Pair;
+use crate::report;
 use crate::report::Report;
 use crate::statements::{Back, Counts, Desk, Look, Rest};
 use crate::stream::Stream;
@@ -24,6 +25,9 @@ use crate::tracker::{Front, Shut, Stand, Status, Tracker};
 
 /// The longest CommandComplete of a statement that takes settings back to their start: DISCARD ALL.
 const RESETTING_BYTES_MAX: usize = HEADER_BYTES + 12;
+
+/// The longest refusal that advice is added to: the server's own are a few hundred bytes.
+const ADVISED_BYTES_MAX: usize = 8 * 1024;
 
 /// What becomes of named statements: the rules of the pool mode.
 #[derive(Debug)]
@@ -59,6 +63,8 @@ pub struct Relay<'a, S> {
     pub overheard: Option<&'a mut Overheard>,
     /// What may pass.
     pub statements: Statements<'a>,
+    /// What a client is told beside the server's refusal to write; `None` unless a pause holds writes.
+    pub advice: Option<Box<str>>,
     /// Settings that the server reported on the way, in order.
     pub reported: Vec<Pair>,
     /// Bytes moved.
@@ -324,6 +330,14 @@ impl<S: ShutSignal> Relay<'_, S> {
             if self.tracker.at_rest() {
                 return Scan::Dry;
             }
+            if header.tag == b'E' && self.advice.is_some() && header.total_bytes <= ADVISED_BYTES_MAX {
+                if !self.down.holds(header.total_bytes, WHOLE_BYTES_MAX) {
+                    return Scan::Dry;
+                }
+                if self.advise(header) {
+                    continue;
+                }
+            }
             if matches!(header.tag, b'1' | b'E' | b'Z')
                 && let Some(overheard) = self.overheard.as_mut()
             {
@@ -374,6 +388,16 @@ impl<S: ShutSignal> Relay<'_, S> {
                 return Scan::End(end);
             }
         }
+    }
+
+    /// Adds the advice to a refusal to write that has none; whether it did.
+    fn advise(&mut self, header: Header) -> bool {
+        let body = &self.down.pending()[HEADER_BYTES..header.total_bytes];
+        let Some(advised) = self.advice.as_deref().and_then(|advice| report::advised(body, advice)) else {
+            return false;
+        };
+        self.down.rewrite(header, &advised);
+        true
     }
 
     /// Clears, withholds or renames a server's message that the tracker has seen.

@@ -244,6 +244,36 @@ impl Report {
     }
 }
 
+/// An ErrorResponse that refuses a write (25006) with `advice` as its hint; `None` for another one, or one that has a hint.
+#[must_use]
+pub fn advised(body: &[u8], advice: &str) -> Option<BytesMut> {
+    let (mut is_refusal, mut rest) = (false, body);
+    loop {
+        let (field, after) = match rest {
+            [0] => break,
+            [0, ..] | [] => return None,
+            [field, after @ ..] => (field, after),
+        };
+        let end = after.iter().position(|byte| *byte == 0)?;
+        match field {
+            b'C' => is_refusal = after[..end] == SqlState::READ_ONLY_TRANSACTION.0,
+            b'H' => return None,
+            _ => {}
+        }
+        rest = &after[end + 1..];
+    }
+    let fields = body.strip_suffix(&[0]).filter(|_| is_refusal)?;
+    let mut hint = BytesMut::new();
+    put_field(&mut hint, b'H', advice);
+    let mut out = BytesMut::new();
+    out.put_u8(b'E');
+    out.put_u32(u32::try_from(4 + body.len() + hint.len()).ok()?);
+    out.put_slice(fields);
+    out.put_slice(&hint);
+    out.put_u8(0);
+    Some(out)
+}
+
 /// The cases that occur, each in one place.
 impl Report {
     /// 28P01, for a wrong password and for a user that does not exist alike.
@@ -493,6 +523,19 @@ mod tests {
         let fields = body.split(|b| *b == 0).filter(|f| !f.is_empty());
         let fields = fields.map(|f| (f[0], String::from_utf8(f[1..].to_vec()).unwrap())).collect();
         (frame.tag, fields)
+    }
+
+    #[test]
+    fn advice_is_added_to_a_refused_write_only_and_once() {
+        let body = |report: &Report| report.to_bytes().split_off(frame::HEADER_BYTES);
+        let refused = Report::error(SqlState::READ_ONLY_TRANSACTION, "cannot execute INSERT", Blame::Client);
+        let advised = super::advised(&body(&refused), "wait").unwrap();
+        assert_eq!(advised, refused.clone().with_hint("wait").to_bytes());
+        assert_eq!(super::advised(&body(&refused.with_hint("h")), "wait"), None);
+        assert_eq!(super::advised(&body(&Report::query_canceled()), "wait"), None);
+        for broken in [&b""[..], b"C25006", b"C25006\0", b"\0C25006\0\0"] {
+            assert!(super::advised(broken, "wait").is_none(), "{broken:?}");
+        }
     }
 
     #[test]

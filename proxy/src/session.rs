@@ -8,6 +8,7 @@ mod errand;
 mod refuse;
 mod resets;
 mod wait;
+mod writes;
 
 pub use errand::Known;
 
@@ -22,6 +23,7 @@ use tokio::io::AsyncWriteExt;
 
 use crate::client::{Client, Order, State};
 use crate::config::PoolMode;
+use crate::gate::Permits;
 use crate::message;
 use crate::metrics::Meter;
 use crate::parameters;
@@ -148,8 +150,8 @@ impl Session {
     async fn lease(&mut self, asked_at: Instant) -> Result<Option<Lease>, Farewell> {
         loop {
             let pass = match self.pool.site.gate.try_enter() {
-                Some(pass) => pass,
-                None => match Box::pin(self.held(asked_at)).await? {
+                Some(pass) if pass.permits() == Permits::All => pass,
+                entered => match Box::pin(self.admission(entered, asked_at)).await? {
                     Some(pass) => pass,
                     None => return Ok(None),
                 },
@@ -161,13 +163,21 @@ impl Session {
                     return Err(Farewell::Refused(Box::new(Report::admin_shutdown())));
                 }
             }
+            if self.is_dressed_otherwise(pass.permits()) {
+                Box::pin(self.dress(pass.permits())).await?;
+            }
             if let Some(kept) = self.kept.take() {
                 return Ok(Some(kept.begin(pass)));
             }
             let pool = Arc::clone(&self.pool);
             let turn = self.client.take_turn();
             match Box::pin(self.waited(pool.checkout(pass, turn, self.worker))).await? {
-                Some(Ok(lease)) => return Ok(Some(lease)),
+                Some(Ok(mut lease)) => {
+                    if let Some(pass) = lease.pass.renewed() {
+                        lease.pass = pass;
+                    }
+                    return Ok(Some(lease));
+                }
                 Some(Err(NoServer::Shut)) => {}
                 Some(Err(NoServer::Refused(report))) => {
                     Box::pin(self.refuse(report)).await?;
@@ -194,16 +204,16 @@ impl Session {
             return Ok((lease, End::Rest, Moved::default()));
         }
         let mut up = self.up.take().unwrap_or_else(Buffer::take);
-        let gate = Arc::clone(&self.pool.site.gate);
         let prepared_max = self.pool.site.config.load().general.max_prepared_statements as usize;
-        let pooled = &mut *lease.pooled;
+        let Lease { pooled, pass, .. } = &mut lease;
+        let pooled = &mut **pooled;
         let mut relay = Relay {
             client: &mut self.stream,
             up: &mut up,
             server: &mut pooled.server.stream,
             down: &mut down,
             tracker: &mut pooled.tracker,
-            shut: &*gate,
+            shut: pass,
             statements: match self.client.who.pool_mode {
                 PoolMode::Session => Statements::Kept,
                 PoolMode::Transaction => Statements::Shared(Desk::new(
@@ -218,6 +228,7 @@ impl Session {
                 PoolMode::Session => Some(self.overheard.get_or_insert_default()),
                 PoolMode::Transaction => None,
             },
+            advice: writes::advice(pass.permits(), &self.pool.site.gate),
             reported: Vec::new(),
             moved: Moved::default(),
         };
@@ -266,6 +277,7 @@ impl Session {
 
     /// Applies the client's settings to the server connection and tells the client what is different there.
     async fn fit(&mut self, lease: &mut Lease, down: &mut Buffer) -> Result<(), Farewell> {
+        let permits = lease.pass.permits();
         let pooled = &mut *lease.pooled;
         // A session that keeps its server is moved whole, or not at all.
         let shares = self.client.who.pool_mode == PoolMode::Transaction;
@@ -274,12 +286,10 @@ impl Session {
         if moved && let Some(carried) = self.settings.carried(&self.told, &pooled.initial) {
             self.settings = Arc::new(carried);
         }
-        if pooled.is_reset || !Arc::ptr_eq(&pooled.applied, &self.settings) {
-            let query = if pooled.is_reset {
-                Some(self.settings.query_from_start())
-            } else {
-                pooled.applied.query_to(&self.settings)
-            };
+        let dress = self.dress_for(permits);
+        let wanted = dress.as_ref().unwrap_or(&self.settings);
+        if pooled.is_reset || !Arc::ptr_eq(&pooled.applied, wanted) {
+            let query = if pooled.is_reset { Some(wanted.query_from_start()) } else { pooled.applied.query_to(wanted) };
             if let Some(query) = query {
                 let deadline = tokio::time::Instant::now() + OWN_STATEMENT;
                 // Not UTF-8: the server answers what it thinks of it.
@@ -288,9 +298,9 @@ impl Session {
                     let report = Report::settings_refused(&error.to_string());
                     return Err(Farewell::Refused(Box::new(report)));
                 }
-                pooled.reported = Arc::new(pooled.server.parameters.clone());
+                pooled.reported = Arc::new(self.own_view(pooled, &pooled.server.parameters));
             }
-            (pooled.applied, pooled.is_reset) = (Arc::clone(&self.settings), false);
+            (pooled.applied, pooled.is_reset) = (Arc::clone(wanted), false);
         }
         if !Arc::ptr_eq(&pooled.reported, &self.told) {
             let mut news = BytesMut::new();
@@ -307,17 +317,18 @@ impl Session {
 
     /// Takes note of settings that changed while the client was served.
     fn follow(&mut self, lease: &mut Lease, reported: &[message::Pair]) {
+        let worn = self.is_still_worn(lease.pass.permits(), reported);
         let pooled = &mut *lease.pooled;
         pooled.note(reported);
         let mut settings = Settings::clone(&self.settings);
-        for (name, value) in reported {
+        for (name, value) in writes::own(lease.pass.permits(), reported) {
             settings.follow(&pooled.initial, name, value);
             if name.eq_ignore_ascii_case(b"application_name") {
                 self.client.rename(&String::from_utf8_lossy(value));
             }
         }
         self.settings = Arc::new(settings);
-        pooled.applied = Arc::clone(&self.settings);
+        pooled.applied = if worn { Arc::new(self.settings.read_only()) } else { Arc::clone(&self.settings) };
         self.told = Arc::clone(&pooled.reported);
     }
 
@@ -471,7 +482,15 @@ impl Session {
         }
         let reset = self.pool.site.config.load().general.server_reset_query.clone();
         let deadline = tokio::time::Instant::now() + OWN_STATEMENT;
-        match kept.pooled.server.simple(&reset, deadline).await {
+        // A reset need not take back what is not the client's.
+        let undress = kept.pooled.applied.query_to(&self.settings);
+        let mut outcome = Ok(Vec::new());
+        for query in undress.iter().map(|query| String::from_utf8_lossy(query)).chain([reset.into()]) {
+            if outcome.is_ok() {
+                outcome = kept.pooled.server.simple(&query, deadline).await;
+            }
+        }
+        match outcome {
             Ok(_) => {
                 kept.pooled.reported = Arc::new(kept.pooled.server.parameters.clone());
                 kept.pooled.applied = Arc::new(Settings::default());

@@ -21,6 +21,7 @@ mod sql;
 #[cfg(test)]
 mod tests;
 mod unnamed;
+mod writes;
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
@@ -29,6 +30,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use desk::{Back, Counts, Desk, Look, Rest};
 pub use shelf::Shelf;
+pub use writes::{BATCH_BYTES_MAX, Beginning, Prepared, beginning};
 
 use crate::parameters::Settings;
 

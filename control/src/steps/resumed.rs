@@ -5,7 +5,6 @@
 use std::time::Duration;
 
 use pgcutover_api::command::{Command, ResumeWith, Warrant};
-use pgcutover_api::rows::GateState;
 
 use crate::event::Facts;
 use crate::finding::Finding;
@@ -82,7 +81,7 @@ async fn stragglers(scene: &Scene, mut missed: Vec<ProxyError>) -> Vec<ProxyErro
 }
 
 async fn serves_target(scene: &Scene, proxy: &Proxy) -> bool {
-    let open = proxy.gate(&scene.config.database).await.is_ok_and(|gate| gate.state == GateState::Open);
+    let open = proxy.gate(&scene.config.database).await.is_ok_and(|gate| gate.serves());
     open && switched::routes_to_target(scene, proxy).await
 }
 

@@ -235,9 +235,9 @@ words! {
     GateState {
         /// Transactions begin.
         Open = "open",
-        /// None begins; some are still open.
+        /// None begins, or none that writes; some are still open.
         Pausing = "pausing",
-        /// None begins and none is open.
+        /// None begins and none is open, or none that writes.
         Paused = "paused",
     }
 }
@@ -380,7 +380,7 @@ rows! {
         lease_ms: Option<Duration>,
         /// Whether a pause is complete.
         drained: YesNo,
-        /// Transactions that are open.
+        /// Transactions that are open; while only writes are held, those that may write.
         open_transactions: u32,
         /// Clients whose next transaction waits for the gate.
         held_clients: u32,
@@ -543,6 +543,14 @@ rows! {
     }
 }
 
+impl GateRow {
+    /// Whether transactions begin, all or those that read: writes may wait for a person while a run is done.
+    #[must_use]
+    pub fn serves(&self) -> bool {
+        self.state == GateState::Open || self.mode == Some(crate::command::Mode::Writes)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -583,6 +591,14 @@ mod tests {
             let row = gate(GateState::ALL[which], owned, number);
             prop_assert_eq!(again(&row), Ok(row));
         }
+    }
+
+    #[test]
+    fn a_gate_serves_while_only_writes_are_held() {
+        let mut row = gate(GateState::Paused, true, 8);
+        assert!(!row.serves());
+        row.mode = Some(Mode::Writes);
+        assert!(row.serves() && gate(GateState::Open, false, 8).serves());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, de};
 
-use crate::config::{AuthType, ClientTls, PoolMode, ProtocolVersion, SessionPolicy, SslMode};
+use crate::config::{AuthType, ClientTls, PoolMode, ProtocolVersion, SessionPolicy, SslMode, WritesPolicy};
 
 /// The whole file.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -82,6 +82,7 @@ pub(super) struct Database {
     pub(super) auth_user: Option<String>,
     pub(super) auth_dbname: Option<String>,
     pub(super) session_policy: Option<SessionPolicy>,
+    pub(super) writes_policy: Option<WritesPolicy>,
     pub(super) control_user: Option<String>,
     pub(super) control_password: Option<String>,
     pub(super) backends: BTreeMap<String, Backend>,

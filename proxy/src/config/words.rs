@@ -38,6 +38,17 @@ pub enum SessionPolicy {
     Disconnect,
 }
 
+/// What becomes of a statement that writes while a pause holds writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum WritesPolicy {
+    /// It waits, where that can be told before it is sent.
+    #[default]
+    Hold,
+    /// The server refuses it (25006).
+    Decline,
+}
+
 /// How clients prove who they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 pub enum AuthType {

@@ -2,7 +2,7 @@
 //!
 //! Invariant: every command is named here; a failure is told with the SQLSTATE of whoever's verb it was.
 
-use pgcutover_api::command::{Command, DriverSetting, Mode, Show, Table};
+use pgcutover_api::command::{Command, DriverSetting, Show, Table};
 use pgcutover_api::rows::YesNo;
 
 use super::admin::{Admin, Refusal, Visitor, Why};
@@ -45,7 +45,6 @@ async fn act<A: Admin>(command: &Command, by: &Visitor, admin: &A) -> Result<Ans
             return Ok(Answer::Told(Report::notice("SET ignored"), "SET".to_owned()));
         }
         Command::Pause(scope) => admin.pause(by, scope.clone()).await,
-        Command::PauseWith(pause) if pause.mode == Mode::Writes => Err(writes_later()),
         Command::PauseWith(pause) => admin.pause_with(by, pause.clone()).await,
         Command::Resume(scope) => admin.resume(scope.clone()).await,
         Command::ResumeWith(resume) => admin.resume_with(resume.clone()).await,
@@ -91,10 +90,6 @@ fn sqlstate(command: &Command, why: Why) -> SqlState {
     }
 }
 
-fn writes_later() -> Refusal {
-    Refusal::new(Why::NotHere, "mode writes is not available yet").with_hint("use mode all, which is the default")
-}
-
 fn no_suspend() -> Refusal {
     Refusal::new(Why::NotHere, "SUSPEND is not available: this proxy hands its sockets to nobody")
         .with_hint("PAUSE holds new transactions; a restart needs SHUTDOWN WAIT_FOR_CLIENTS")
@@ -118,6 +113,7 @@ const USAGE: &str = "\tSET key = arg
 \tRELOAD
 \tPAUSE [<db>]
 \tPAUSE <db> WITH (run '…', epoch n, source 'blue', target 'green', drain '2s', on_timeout abort|cancel|terminate, lease '3s')
+\tPAUSE <db> WITH (mode writes, drain '2s', on_timeout abort|cancel|terminate, lease '10m')
 \tRESUME [<db>]
 \tRESUME <db> WITH (run '…', epoch n | force)
 \tRENEW <db> WITH (run '…', epoch n, lease '3s')

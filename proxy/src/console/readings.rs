@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use pgcutover_api::rows::{BackendRow, GateRow, GateState, SwitchRow, YesNo};
+use pgcutover_api::rows::{BackendRow, GateRow, SwitchRow, YesNo};
 
 use super::admin::{Admin, Census, DatabaseRow, PoolRow};
 use crate::metrics::{DatabaseTraffic, Metric, Reading, names};
@@ -61,7 +61,7 @@ fn pool(row: &PoolRow) -> Vec<Reading> {
 
 fn gate(row: &GateRow) -> Vec<Reading> {
     let reading = |metric| Reading::new(metric).label("database", &row.database);
-    let shut = YesNo::from(row.state != GateState::Open);
+    let shut = YesNo::from(!row.serves());
     let mut readings = vec![
         reading(&names::GATE_SHUT).count(one_if(shut)),
         reading(&names::GATE_DRAINED).count(one_if(row.drained)),

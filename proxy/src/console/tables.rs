@@ -4,7 +4,7 @@
 //! its console: s text, i int4, q int8, N numeric, T a moment as text.
 
 use pgcutover_api::command::{DriverSetting, Table};
-use pgcutover_api::rows::{Column, GateState, Kind, PoolMode, Row, YesNo};
+use pgcutover_api::rows::{Column, GateRow, Kind, PoolMode, Row, YesNo};
 
 use super::admin::{Admin, Census, DatabaseRow, PoolRow, SettingRow, UserRow};
 
@@ -113,10 +113,10 @@ fn mode(mode: Option<PoolMode>) -> Option<String> {
     mode.map(|mode| mode.word().to_owned())
 }
 
-/// PgBouncer's three rows. Paused means: every database is. One of several is seen in SHOW DATABASES and SHOW GATES.
+/// PgBouncer's three rows. Paused means: every database is, and not only its writes. One of several is seen in SHOW DATABASES and SHOW GATES.
 async fn state<A: Admin>(admin: &A) -> Sheet {
     let gates = admin.gates().await;
-    let paused = !gates.is_empty() && gates.iter().all(|gate| gate.state != GateState::Open);
+    let paused = !gates.is_empty() && !gates.iter().any(GateRow::serves);
     let row = |key: &str, is_so: bool| vec![text(key), text(YesNo::from(is_so).word())];
     let rows = [row("active", !paused), row("paused", paused), row("suspended", false)];
     Sheet::new("ss", &["key", "value"], rows)

@@ -172,7 +172,6 @@ async fn errors_carry_the_code_of_whose_verb_it_was() {
         ("RESUME", "08P01", "not paused"),
         ("RELOAD", "F0000", "pgcutover.toml"),
         ("SUSPEND", "0A000", "SUSPEND"),
-        ("PAUSE app WITH (mode writes)", "0A000", "mode writes"),
         ("PAUSE app WITH (drain '2s')", "55P03", "still open"),
         ("SWITCH app TO green WITH (force)", "42704", "no such backend"),
         (&format!("RESUME app WITH ({run})"), "55000", "another run"),

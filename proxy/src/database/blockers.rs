@@ -39,15 +39,21 @@ pub struct Activity {
 }
 
 impl Database {
-    /// Open transactions, and session-pooled clients that keep a server.
+    /// Open transactions, and session-pooled clients that keep a server. While only writes are held those that this waits
+    /// for: transactions that began before.
     pub async fn blockers(&self) -> Vec<Blocker> {
         let clients = self.clients();
+        let held_since = self.only_writes_held_since();
         let open: Vec<_> = clients
             .iter()
             .filter_map(|client| {
                 let in_transaction = client.state() == State::Active;
                 let keeps = client.who.pool_mode == PoolMode::Session && client.linked().is_some();
-                (in_transaction || keeps).then(|| (Arc::clone(client), client.linked().map(|s| s.pid), in_transaction))
+                let blocks = match held_since {
+                    Some(since) => in_transaction && client.state_since() < since,
+                    None => in_transaction || keeps,
+                };
+                blocks.then(|| (Arc::clone(client), client.linked().map(|s| s.pid), in_transaction))
             })
             .collect();
         let pids: Vec<i32> = open.iter().filter_map(|(_, pid, _)| *pid).collect();

@@ -41,7 +41,7 @@ impl Database {
         let lease = self.site.config.load().general.pause_lease_default;
         let intent = Intent { owner, epoch: None, lease: (!lease.is_zero()).then_some(lease) };
         let id = self.shut(intent)?;
-        let undo = Undo { database: self, id: Some(id) };
+        let undo = self.undo(id);
         let drained = self.drain(id).await;
         undo.keep();
         match drained {
@@ -134,13 +134,23 @@ impl Database {
         }
     }
 
-    async fn drain_until(self: &Arc<Self>, id: PauseId, drain: Duration, on_timeout: OnTimeout) -> Result<(), Refusal> {
+    pub(super) async fn drain_until(
+        self: &Arc<Self>,
+        id: PauseId,
+        drain: Duration,
+        on_timeout: OnTimeout,
+    ) -> Result<(), Refusal> {
         match tokio::time::timeout(drain, self.drain(id)).await {
             Ok(Drained::Yes) => return Ok(()),
             Ok(Drained::Ended) => return Err(self.resumed()),
             Err(_) => {}
         }
-        let open = self.site.gate.passes();
+        // A pause of writes waits for no transaction that only reads.
+        let waited_for = || match self.site.gate.writes().is_some_and(|writes| writes.id == id) {
+            true => self.site.gate.writers(),
+            false => self.site.gate.passes(),
+        };
+        let open = waited_for();
         match on_timeout {
             OnTimeout::Abort => {}
             OnTimeout::Cancel => self.cancel_open().await,
@@ -191,8 +201,12 @@ impl Database {
         self.active_clients().for_each(|client| client.order(Order::Kill));
     }
 
+    /// Clients in a transaction; while only writes are held, in one that began before.
     fn active_clients(&self) -> impl Iterator<Item = Arc<crate::client::Client>> {
-        self.clients().into_iter().filter(|client| client.state() == State::Active)
+        let held_since = self.only_writes_held_since();
+        self.clients().into_iter().filter(move |client| {
+            client.state() == State::Active && held_since.is_none_or(|since| client.state_since() < since)
+        })
     }
 
     /// PgBouncer's KILL: ends every client and the server connections with them; the gate stays shut.
@@ -220,12 +234,14 @@ impl Database {
     /// # Errors
     /// Not paused, or paused by a run.
     pub fn resume(&self) -> Result<(), Refusal> {
-        let pause = self.site.gate.pause().ok_or_else(|| self.not_paused())?;
-        match pause.epoch {
-            Some(_) => Err(self.held_by(&pause)),
-            None if self.open(&pause) => Ok(()),
-            None => Err(self.not_paused()),
+        let Some(pause) = self.site.gate.pause() else {
+            return if self.release_writes() { Ok(()) } else { Err(self.not_paused()) };
+        };
+        if pause.epoch.is_some() {
+            return Err(self.held_by(&pause));
         }
+        let (opened, released) = (self.open(&pause), self.release_writes());
+        if opened || released { Ok(()) } else { Err(self.not_paused()) }
     }
 
     /// RESUME … WITH: by its run once the epoch is decided here, or by force.
@@ -233,7 +249,10 @@ impl Database {
     /// # Errors
     /// [`Refusal`]; the pause goes on.
     pub async fn resume_with(&self, warrant: Warrant) -> Result<(), Refusal> {
-        let pause = self.site.gate.pause().ok_or_else(|| self.not_paused())?;
+        let Some(pause) = self.site.gate.pause() else {
+            let released = warrant == Warrant::Force && self.release_writes();
+            return if released { Ok(()) } else { Err(self.not_paused()) };
+        };
         match warrant {
             Warrant::Force => {
                 tracing::warn!(database = %self.name(), ?pause, "resumed by force: an operator takes responsibility")
@@ -323,6 +342,11 @@ impl Database {
         }
     }
 
+    /// Undoes this pause, unless it is kept.
+    pub(super) fn undo(&self, id: PauseId) -> Undo<'_> {
+        Undo { database: self, id: Some(id) }
+    }
+
     pub(super) fn unknown_backend(&self, backend: &str) -> Refusal {
         let known: Vec<String> = self.backends().into_iter().map(|(name, _)| name).collect();
         Refusal::new(Why::Unknown, format!("no such backend: {backend}")).with_hint(format!(
@@ -338,13 +362,13 @@ impl Database {
 }
 
 /// Undoes a pause unless it is kept.
-struct Undo<'a> {
+pub(super) struct Undo<'a> {
     database: &'a Database,
     id: Option<PauseId>,
 }
 
 impl Undo<'_> {
-    fn keep(mut self) {
+    pub(super) fn keep(mut self) {
         self.id = None;
     }
 }

@@ -50,6 +50,7 @@ impl Database {
             }
             self.abandon_outlived();
             self.sift_drafts();
+            let writes_end = self.settle_writes();
             let asked_again = self.settle_ended_lease().await;
             let lease_ends = self.site.gate.pause().and_then(|pause| pause.lease_ends);
             let next = match (asked_again, lease_ends) {
@@ -57,6 +58,7 @@ impl Database {
                 (Settled::Yes, Some(end)) => look_at.min(end),
                 (Settled::Yes, None) => look_at,
             };
+            let next = writes_end.map_or(next, |end| next.min(end));
             tokio::select! {
                 () = tokio::time::sleep_until(next.into()) => {}
                 () = &mut change => {}

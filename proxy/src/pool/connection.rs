@@ -96,7 +96,11 @@ impl Pooled {
             return;
         }
         let mut now = Reported::clone(&self.reported);
-        reported.iter().for_each(|(name, value)| parameters::report(&mut now, name, value));
+        for (name, value) in reported {
+            parameters::report(&mut now, name, value);
+            // What the connection knows of itself: the next statement of ours starts from it.
+            parameters::report(&mut self.server.parameters, name, value);
+        }
         self.reported = Arc::new(now);
     }
 

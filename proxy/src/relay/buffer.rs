@@ -167,6 +167,12 @@ impl Buffer {
         };
     }
 
+    /// Puts other bytes in the place of the whole message at hand, which is still to be cleared.
+    pub fn rewrite(&mut self, header: Header, bytes: &[u8]) {
+        self.replace(header, header.total_bytes, bytes, Rest::Drop);
+        self.cleared -= bytes.len();
+    }
+
     /// Gives the message at hand another tag.
     pub fn retag(&mut self, tag: u8) {
         self.data[self.cleared] = tag;

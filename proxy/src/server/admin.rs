@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use pgcutover_api::command::{PauseWith, PrepareSwitch, Renew, ResumeWith, Scope, Shutdown, Switch, Transplant};
+use pgcutover_api::command::{Mode, PauseWith, PrepareSwitch, Renew, ResumeWith, Scope, Shutdown, Switch, Transplant};
 use pgcutover_api::rows::{BackendRow, BlockerRow, GateRow, PrepareRow, SessionRow, SwitchRow, TransplantRow, YesNo};
 use tokio::sync::watch;
 
@@ -112,13 +112,18 @@ impl Admin for Operator {
     }
 
     async fn pause_with(&self, by: &Visitor, pause: PauseWith) -> Result<(), Refusal> {
-        Ok(self.database(&pause.database)?.pause_with(by.to_string(), pause).await?)
+        let database = self.database(&pause.database)?;
+        match pause.mode {
+            Mode::All => database.pause_with(by.to_string(), pause).await?,
+            Mode::Writes => database.pause_writes(by.to_string(), pause).await?,
+        }
+        Ok(())
     }
 
     async fn resume(&self, scope: Scope) -> Result<(), Refusal> {
         let mut databases = self.databases_in(&scope)?;
         if scope == Scope::All {
-            databases.retain(|database| database.site.gate.is_shut());
+            databases.retain(|database| database.site.gate.is_paused());
             if databases.is_empty() {
                 return Err(Refusal::new(Why::WrongState, "pooler is not paused/suspended"));
             }

@@ -237,8 +237,11 @@ pub(super) fn gate(database: &Database) -> GateRow {
     let gate = &database.site.gate;
     let active = database.site.route.active();
     // The pause first: once it is there its open transactions only get fewer.
-    let pause = gate.pause();
-    let open = gate.passes();
+    let (pause, mode) = match gate.pause() {
+        Some(pause) => (Some(pause), Mode::All),
+        None => (gate.writes(), Mode::Writes),
+    };
+    let open = if mode == Mode::Writes && pause.is_some() { gate.writers() } else { gate.passes() };
     let state = match (&pause, open) {
         (None, _) => GateState::Open,
         (Some(_), 0) => GateState::Paused,
@@ -254,7 +257,7 @@ pub(super) fn gate(database: &Database) -> GateRow {
         owner: owner.unwrap_or_default(),
         run: claim.map(|claim| claim.run),
         epoch: claim.map(|claim| claim.epoch),
-        mode: pause.as_ref().map(|_| Mode::All),
+        mode: pause.as_ref().map(|_| mode),
         lease_ms: pause.and_then(|pause| pause.lease_ends).map(left),
         drained: YesNo::from(state == GateState::Paused),
         open_transactions: u32::try_from(open).unwrap_or(u32::MAX),

@@ -12,6 +12,7 @@ use tokio::io::AsyncWriteExt;
 use crate::backend::{Asides, Batch};
 use crate::client::Order;
 use crate::frame;
+use crate::gate::Permits;
 use crate::message;
 use crate::pool::{Errand, Probed, Successor};
 use crate::relay::{Hazard, Overheard, Parsing};
@@ -88,6 +89,8 @@ impl Session {
         if !self.quiet().await? {
             return Ok(Some(Err(NotMovable::from(Reason::InTransaction))));
         }
+        // It is read as its client has made it.
+        self.dress(Permits::All).await?;
         let hints = self.hints(survey);
         let Some(kept) = self.kept.as_mut() else { return Ok(None) };
         let deadline = tokio::time::Instant::now() + PROBE;
@@ -135,7 +138,7 @@ impl Session {
     }
 
     /// Passes on what the server has said so far; whether nothing of it is left.
-    async fn quiet(&mut self) -> Result<bool, Farewell> {
+    pub(super) async fn quiet(&mut self) -> Result<bool, Farewell> {
         let silence = std::future::poll_fn(|cx| {
             if let Err(farewell) = self.poll_gossip(cx) {
                 return std::task::Poll::Ready(Err(farewell));
@@ -153,7 +156,7 @@ impl Session {
     }
 
     /// Passes on what came aside during statements of ours, and remembers settings among it.
-    async fn pass_on_asides(&mut self) -> Result<(), Farewell> {
+    pub(super) async fn pass_on_asides(&mut self) -> Result<(), Farewell> {
         let Some(kept) = self.kept.as_mut() else { return Ok(()) };
         let asides = std::mem::take(&mut kept.pooled.server.asides);
         if asides.is_empty() {

@@ -10,7 +10,7 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use crate::client::{Order, State};
-use crate::gate::Pass;
+use crate::gate::{Pass, Wants};
 use crate::relay::Read;
 use crate::report::Report;
 use crate::session::{Farewell, Session};
@@ -33,15 +33,15 @@ enum Absence {
 }
 
 impl Session {
-    /// Waits at the shut gate; `None` when the statement was refused (cancelled, or held for too long) and the client
+    /// Waits at the shut gate for such a pass; `None` when the statement was refused (cancelled, or held for too long) and the client
     /// goes on.
-    pub(super) async fn held(&mut self, asked_at: Instant) -> Result<Option<Pass>, Farewell> {
+    pub(super) async fn held(&mut self, asked_at: Instant, wants: Wants) -> Result<Option<Pass>, Farewell> {
         self.client.enter(State::Held, Instant::now());
         let site = Arc::clone(&self.pool.site);
         let budget = site.config.load().general.hold_budget;
         let id = self.client.who.id;
         let client = Arc::clone(&self.client);
-        let enter = site.gate.enter(id, &client.turn);
+        let enter = site.gate.enter(id, &client.turn, wants);
         let mut enter = Box::pin(tokio::time::timeout_at((asked_at + budget).into(), enter));
         let outcome = loop {
             match self.attended(&mut enter).await? {

@@ -104,13 +104,13 @@ fn identifier(text: &[u8]) -> Option<(Vec<u8>, bool, &[u8])> {
 }
 
 /// Letters and digits at the front, and what follows them.
-fn word(text: &[u8]) -> (&[u8], &[u8]) {
+pub(super) fn word(text: &[u8]) -> (&[u8], &[u8]) {
     let end = text.iter().position(|byte| !byte.is_ascii_alphanumeric() && *byte != b'_').unwrap_or(text.len());
     text.split_at(end)
 }
 
 /// Without white space, comments and empty statements at the front; `None` if a comment has no end here.
-fn skip_blank(mut text: &[u8]) -> Option<&[u8]> {
+pub(super) fn skip_blank(mut text: &[u8]) -> Option<&[u8]> {
     loop {
         match text {
             [b' ' | b'\t' | b'\n' | b'\r' | 0x0b | 0x0c | b';', rest @ ..] => text = rest,
@@ -126,7 +126,7 @@ fn skip_blank(mut text: &[u8]) -> Option<&[u8]> {
 }
 
 /// PostgreSQL's comments nest.
-fn skip_comment(mut text: &[u8]) -> Option<&[u8]> {
+pub(super) fn skip_comment(mut text: &[u8]) -> Option<&[u8]> {
     let mut depth = 1;
     while depth > 0 {
         match text {

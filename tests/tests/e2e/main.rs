@@ -52,6 +52,8 @@ mod resets;
 #[cfg(test)]
 mod hold;
 #[cfg(test)]
+mod writes;
+#[cfg(test)]
 mod cancel;
 #[cfg(test)]
 mod limits;

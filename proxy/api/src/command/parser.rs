@@ -578,7 +578,7 @@ mod tests {
             words in prop::collection::vec(
                 prop::sample::select(vec![
                     "PAUSE", "SHOW", "SET", "RESUME", "SWITCH", "PREPARE", "RENEW", "TO", "WITH", "(", ")", ",", "=", ";",
-                    "run", "epoch", "lease", "drain", "force", "'x'", "\"y\"", "'", "\"", "app", "7", "'2s'", "/*", "*/", "--",
+                    "run", "epoch", "lease", "drain", "mode", "writes", "on_timeout", "cancel", "force", "'x'", "\"y\"", "'", "\"", "app", "7", "'2s'", "/*", "*/", "--",
                 ]),
                 0..12,
             )
