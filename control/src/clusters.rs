@@ -6,6 +6,7 @@
 mod barrier;
 mod replication;
 mod sequences;
+mod standby;
 mod store;
 mod tables;
 pub mod way_back;
@@ -18,9 +19,11 @@ use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
 
 pub use crate::clusters::barrier::{BarrierError, Passed, PreparedTransaction, Writer};
 pub use crate::clusters::replication::{
-    CatchUpError, CaughtUp, Coverage, Extent, Lag, Lsn, PublishedTable, SlotState, Subscription, TableState, uncovered,
+    CatchUpError, CaughtUp, Coverage, Extent, Feed, Lag, Lsn, PublishedTable, SlotState, Subscription, TableState,
+    uncovered,
 };
 pub use crate::clusters::sequences::{Position, Sequence, SequenceDrift, Setting, drift};
+pub use crate::clusters::standby::{Promotion, Receiver, Recovery, Standby};
 pub use crate::clusters::store::{Certainty, DecideError};
 pub use crate::clusters::tables::{GateState, TableFacts, TableKind, Ungated};
 pub use crate::clusters::way_back::Offer;
@@ -160,6 +163,13 @@ impl Cluster {
     /// The same server over a connection of its own.
     pub fn another(&self) -> Cluster {
         Cluster::new(self.role, &self.endpoint)
+    }
+
+    /// Another database of the same server, over a connection of its own.
+    pub fn of_database(&self, name: &str) -> Cluster {
+        let mut endpoint = self.endpoint.clone();
+        endpoint.pg.dbname(name);
+        Cluster::new(self.role, &endpoint)
     }
 
     /// Which of the two it is.

@@ -120,20 +120,16 @@ pub enum RootCertificate {
     File(PathBuf),
 }
 
-/// How changes get from source to target.
-#[derive(Debug, Clone)]
-pub struct Replication {
-    /// The kind; native logical is the only one yet.
-    pub kind: ReplicationKind,
-    /// Subscriptions on the target that must have caught up; empty means all of the target database.
-    pub subscriptions: Vec<String>,
-}
-
-/// The kinds of replication a cutover can drain.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ReplicationKind {
+/// How changes get from source to target. Each step that differs asks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Replication {
     /// Publications and subscriptions of PostgreSQL itself.
-    Logical,
+    Logical {
+        /// Those on the target that must have caught up; empty means all of the target database.
+        subscriptions: Vec<String>,
+    },
+    /// The target is a streaming standby of the source, and is promoted: the whole cluster moves (R16), nothing follows it back.
+    Physical,
 }
 
 /// Deadlines and limits of a cutover. Checked against each other when the file is read.
@@ -248,6 +244,7 @@ fn read(path: &Path, text: &str) -> Checked<Config> {
     let source = root.section("source")?.ok_or_else(|| wrong("source", "is missing: the server to move away from"))?;
     let target = root.section("target")?.ok_or_else(|| wrong("target", "is missing: the server to move to"))?;
     let (source, target) = (side(source)?, side(target)?);
+    let replication = replication(root.section("replication")?)?;
     let config = Config {
         path: path.to_owned(),
         route: Name::new(&database).map_err(|error| wrong("database", error.to_string()))?,
@@ -262,17 +259,22 @@ fn read(path: &Path, text: &str) -> Checked<Config> {
         target,
         database,
         proxies: members::proxies(root.sections("proxies")?)?,
-        replication: replication(root.section("replication")?)?,
         budgets: budgets(root.section("budgets")?)?,
         sequences: sequences(root.section("sequences")?)?,
         policy: policy(root.section("policy")?)?,
-        way_back: way_back::way_back(root.section("way_back")?)?,
+        way_back: way_back::way_back(root.section("way_back")?, &replication)?,
+        replication,
     };
     root.finish()?;
     check_names(&config)?;
     check_deadlines(&config.budgets)?;
     if config.policy.attempts == 0 {
         return Err(wrong("policy.attempts", "must be 1 or more"));
+    }
+    if config.replication == Replication::Physical && !config.bouncers.is_empty() {
+        let reason =
+            "can't take part in a physical move yet (replication.kind): nobody has tried it; put a pgcutover in front";
+        return Err(wrong("pgbouncer", reason));
     }
     Ok(config)
 }
@@ -313,16 +315,29 @@ const TLS_MODES: &[(&str, TlsMode)] = &[
 ];
 
 fn replication(section: Option<Section>) -> Checked<Replication> {
-    let Some(mut section) = section else {
-        return Ok(Replication { kind: ReplicationKind::Logical, subscriptions: Vec::new() });
-    };
-    let replication = Replication {
-        kind: section.choice("kind", &[("logical", ReplicationKind::Logical)])?.unwrap_or(ReplicationKind::Logical),
-        subscriptions: section.texts("subscriptions")?.unwrap_or_default(),
-    };
+    let Some(mut section) = section else { return Ok(Replication::Logical { subscriptions: Vec::new() }) };
+    let kind = section.choice("kind", KINDS)?.unwrap_or(Kind::Logical);
+    let subscriptions = section.texts("subscriptions")?.unwrap_or_default();
+    if kind == Kind::Physical && !subscriptions.is_empty() {
+        return Err(wrong(
+            section.key("subscriptions"),
+            "must be empty: a physical standby has none (kind = 'physical')",
+        ));
+    }
     section.finish()?;
-    Ok(replication)
+    Ok(match kind {
+        Kind::Logical => Replication::Logical { subscriptions },
+        Kind::Physical => Replication::Physical,
+    })
 }
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Logical,
+    Physical,
+}
+
+const KINDS: &[(&str, Kind)] = &[("logical", Kind::Logical), ("physical", Kind::Physical)];
 
 fn budgets(section: Option<Section>) -> Checked<Budgets> {
     let mut budgets = Budgets::default();
@@ -553,6 +568,18 @@ dsn = "host=127.0.0.1 port=6432 user=admin password=secret dbname=pgcutover"
         assert!(
             Budgets { catch_up: Duration::from_secs(20), ..Budgets::default() }.fit_into(HOLD_BUDGET_DEFAULT).is_err()
         );
+    }
+
+    #[test]
+    fn a_physical_move_has_neither_subscriptions_nor_a_way_back() {
+        let physical = |tail: &str| with(&format!("[replication]\nkind = 'physical'\n{tail}"));
+        let config = Config::parse(Path::new("cutover.toml"), &physical("")).unwrap();
+        assert_eq!((config.replication, config.way_back.enabled), (Replication::Physical, false));
+        assert_eq!(error(&physical("subscriptions = ['s']\n")).key, "replication.subscriptions");
+        let refused = error(&physical("[way_back]\nenabled = true\n"));
+        assert_eq!(refused.key, "way_back.enabled");
+        assert!(refused.reason.contains("rebuild"), "{refused}");
+        assert!(error(&with("[replication]\nkind = 'phisical'\n")).reason.contains("did you mean 'physical'"));
     }
 
     #[test]

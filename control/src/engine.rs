@@ -13,6 +13,7 @@ use pgcutover_api::store::Outcome;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+use crate::config::Replication;
 use crate::event::{Began, Decision, Ending, Event, Facts};
 use crate::finding::Finding;
 use crate::journal;
@@ -308,7 +309,7 @@ impl Engine {
 
     /// What a rehearsal leaves out is estimated; reading the sequences is the part of it that grows with the schema.
     async fn measure_sequences(&mut self) {
-        if self.goal != Goal::Rehearsal {
+        if self.goal != Goal::Rehearsal || self.scene.config.replication == Replication::Physical {
             return;
         }
         let began = tokio::time::Instant::now();
@@ -353,6 +354,7 @@ impl Engine {
         let events = match outcome {
             Ok(Undo::Nothing) => return Ok(()),
             Ok(Undo::Done) => vec![Event::Undone { step }],
+            Ok(Undo::Cost(finding)) => vec![Event::Found { finding: *finding }, Event::Undone { step }],
             Err(error) => {
                 let found = error.findings.into_iter().map(|finding| Event::Found { finding });
                 found.chain([Event::UndoFailed { step, error: error.message }]).collect()

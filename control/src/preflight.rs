@@ -3,13 +3,17 @@
 //! Invariant: gathering changes nothing that outlives it (what is tried is tried in a transaction that is rolled back);
 //! judging is pure. What our login may not see is red, never green.
 
+mod attempts;
 mod checks;
 mod facts;
+mod standby;
 mod types;
 
+pub use crate::preflight::attempts::Attempt;
 pub use crate::preflight::checks::checks;
 pub use crate::preflight::facts::{
-    Attempt, BouncerFacts, ClusterFacts, Control, Facts, Inquiry, Limits, LoginRole, LoginVerdict, OidChange,
-    ProxyBackend, ProxyFacts, ReplicationFacts, Session, StoreFacts, Verdict, Verifiers, Watched, gather,
+    BouncerFacts, ClusterFacts, Control, Facts, Inquiry, Limits, LoginRole, LoginVerdict, OidChange, ProxyBackend,
+    ProxyFacts, ReplicationFacts, Session, StoreFacts, Verdict, Verifiers, Watched, gather,
 };
+pub use crate::preflight::standby::{Holds, Neighbour, StandbyFacts};
 pub use crate::preflight::types::{Kind, Rank, TypeFacts, TypeName, Types};

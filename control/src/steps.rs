@@ -11,8 +11,8 @@ use pgcutover_api::store::{Identity, Name, Turn};
 
 use crate::bouncers::Keepers;
 use crate::clusters::way_back::epoch_of as way_back_of;
-use crate::clusters::{Cluster, ClusterError, Clusters, Subscription};
-use crate::config::Config;
+use crate::clusters::{Cluster, ClusterError, Clusters, Feed, Subscription};
+use crate::config::{Config, Replication};
 use crate::event::{Event, Facts};
 use crate::finding::Finding;
 use crate::journal::Journal;
@@ -27,6 +27,7 @@ pub mod caught_up;
 pub mod transplanted;
 pub mod durable;
 pub mod way_back;
+pub mod promoted;
 pub mod checked;
 pub mod decided;
 pub mod switched;
@@ -113,9 +114,16 @@ impl Scene {
         lease.map_err(|error| StepError::plain(format!("budgets.lease: {error}")))
     }
 
+    /// What brings the changes.
+    pub async fn feed(&self) -> Result<Feed, StepError> {
+        match &self.config.replication {
+            Replication::Logical { subscriptions } => self.subscriptions(subscriptions).await.map(Feed::Subscriptions),
+            Replication::Physical => Ok(Feed::Wal),
+        }
+    }
+
     /// The subscriptions that must have caught up; none is an error.
-    pub async fn subscriptions(&self) -> Result<Vec<Subscription>, StepError> {
-        let named = &self.config.replication.subscriptions;
+    async fn subscriptions(&self, named: &[String]) -> Result<Vec<Subscription>, StepError> {
         let found = self.clusters.target.subscriptions(&self.database, named, STEP_DEADLINE).await?;
         let ours = found.iter().any(|subscription| way_back_of(&self.database, &subscription.name).is_some());
         let lacks = |name: &String| !found.iter().any(|subscription| subscription.name == *name);
@@ -252,12 +260,14 @@ pub async fn run(step: Step, scene: &mut Scene) -> Result<Facts, StepError> {
 }
 
 /// What taking a step back came to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Undo {
     /// It was taken back.
     Done,
     /// It left nothing that had to be.
     Nothing,
+    /// Clients are safe from what it did, but somebody has to clear up.
+    Cost(Box<Finding>),
 }
 
 /// Takes a step back. Only before the decision, and only once an abort is decided or no epoch was opened.

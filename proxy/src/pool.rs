@@ -16,7 +16,7 @@ pub use connection::{Place, Pooled};
 pub use errand::{Errand, Errands, Probed, Successor};
 pub use leaving::Leaving;
 pub use limits::Tally;
-pub use prewarm::{Prewarmed, Verdict};
+pub use prewarm::{Prewarmed, Standing, Verdict};
 
 use std::collections::{BTreeMap, VecDeque};
 use std::num::NonZeroU64;

@@ -108,6 +108,32 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// A standby of this server that streams through the slot `standby`, as the role `pgcutover`: a cold copy, for which this
+    /// one is stopped a moment, since not every installation has pg_basebackup.
+    ///
+    /// # Errors
+    /// As [`Cluster::start`].
+    pub async fn standby(&mut self, options: &ClusterOptions, password: &str) -> Result<Cluster> {
+        let dir = RunDir::current()?.subdirectory(&format!("pg{}s", options.major))?;
+        self.user.own(&dir)?;
+        let (installation, user) = (self.installation.clone(), self.user);
+        let mut copy = Cluster { installation, user, dir, port: Port::reserve()?, process: None };
+        self.stop(Stop::Fast);
+        let mut command = self.user.command("cp");
+        command.args(["-R", "-p", "--reflink=auto"]).arg(self.data()).arg(copy.data());
+        run(command)?;
+        self.restart().await?;
+        let primary = self.dsn("pgcutover", password, "postgres");
+        let text =
+            format!("{}primary_conninfo = '{primary}'\nprimary_slot_name = 'standby'\n", copy.configuration(options));
+        fs::write(copy.data().join("postgresql.conf"), text)?;
+        let signal = copy.data().join("standby.signal");
+        fs::write(&signal, "")?;
+        copy.user.own(&signal)?;
+        copy.restart().await?;
+        Ok(copy)
+    }
+
     fn create_data(&self, options: &ClusterOptions) -> Result<()> {
         let data = self.data();
         match options.identity {

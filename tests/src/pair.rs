@@ -1,8 +1,8 @@
-//! Two clusters of different majors, the target following the source by native logical replication.
+//! Two clusters, the target following the source: of different majors by native logical replication, or as its physical standby.
 //!
 //! Database, roles and rights are those that the README tells an operator to make: `pgcutover` is no superuser.
 //!
-//! Invariant: a [`Pair`] that was started is in step: every table's initial copy is done.
+//! Invariant: a [`Pair`] that was started is in step: every table's initial copy is done, or the standby streams.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -94,7 +94,18 @@ pub struct Pair {
     /// The cluster that follows.
     pub target: Cluster,
     verifiers: BTreeMap<String, String>,
+    follows: Follows,
 }
+
+/// How the target follows the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Follows {
+    Logically,
+    Physically,
+}
+
+/// The standby's slot on the source.
+pub const STANDBY_SLOT: &str = "standby";
 
 impl Pair {
     /// Starts both clusters, makes roles, database and tables, and waits for the initial copy.
@@ -105,11 +116,35 @@ impl Pair {
         let (source, target) =
             tokio::try_join!(Cluster::start(binaries, &options.source), Cluster::start(binaries, &options.target))?;
         let verifiers = make_logins(&source, &target).await?;
-        let pair = Pair { source, target, verifiers };
+        let pair = Pair { source, target, verifiers, follows: Follows::Logically };
         tokio::try_join!(make_database(&pair.source), make_database(&pair.target))?;
         fill(&pair.source, options.accounts).await?;
         pair.publish(options.publication).await?;
         pair.subscribe().await?;
+        Ok(pair)
+    }
+
+    /// Starts a cluster of this major with the pair's tables, and a standby of it that streams through a slot.
+    ///
+    /// # Errors
+    /// As [`Pair::start`].
+    pub async fn physical(binaries: &Binaries, major: u32) -> Result<Pair> {
+        let options = PairOptions::new(major, major);
+        let mut source = single(binaries, &options).await?;
+        let superuser = source.superuser(DATABASE).await?;
+        superuser.run("GRANT EXECUTE ON FUNCTION pg_promote(boolean, integer) TO pgcutover").await?;
+        superuser.run(&format!("SELECT pg_create_physical_replication_slot('{STANDBY_SLOT}', true)")).await?;
+        let verifiers = "SELECT rolname, rolpassword FROM pg_authid WHERE rolpassword IS NOT NULL";
+        let rows = superuser.rows(verifiers).await?;
+        let verifiers = rows.iter().map(|row| {
+            let cell = |at| row.get(at).map(str::to_owned).context("a login without name or verifier");
+            Ok((cell(0)?, cell(1)?))
+        });
+        let verifiers = verifiers.collect::<Result<_>>()?;
+        drop(superuser);
+        let target = source.standby(&options.target, &password(PGCUTOVER)).await?;
+        let pair = Pair { source, target, verifiers, follows: Follows::Physically };
+        pair.in_step().await?;
         Ok(pair)
     }
 
@@ -154,11 +189,19 @@ impl Pair {
         // the target can confirm.
         source.run("SELECT pg_logical_emit_message(true, 'harness', '')").await?;
         let position = source.text("SELECT pg_current_wal_flush_lsn()").await?.context("no WAL position")?;
-        let reached = format!(
-            "SELECT coalesce(bool_and(confirmed_flush_lsn >= '{position}'), false)
-               FROM pg_replication_slots WHERE slot_name = '{SUBSCRIPTION}'"
-        );
-        source.until(&reached, COPY_LIMIT).await
+        match self.follows {
+            Follows::Logically => {
+                let reached = format!(
+                    "SELECT coalesce(bool_and(confirmed_flush_lsn >= '{position}'), false)
+                       FROM pg_replication_slots WHERE slot_name = '{SUBSCRIPTION}'"
+                );
+                source.until(&reached, COPY_LIMIT).await
+            }
+            Follows::Physically => {
+                let reached = format!("SELECT pg_last_wal_replay_lsn() >= '{position}'");
+                self.target.superuser(DATABASE).await?.until(&reached, COPY_LIMIT).await
+            }
+        }
     }
 }
 

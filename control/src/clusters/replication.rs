@@ -1,7 +1,7 @@
-//! Native logical replication: what is subscribed, how far it is, and the sentinel that proves that it has caught up.
+//! What is subscribed, how far replication is, and the sentinel that proves that it has caught up.
 //!
 //! Invariant: the position to reach is read once, after a synchronous commit; "caught up" needs the sentinel on the target
-//! and the applied position of every subscription.
+//! and the applied position of every subscription, or the replayed one of a standby.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -48,6 +48,13 @@ const EVERY: Duration = Duration::from_millis(1);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Lsn(u64);
 
+impl Lsn {
+    /// How many bytes of the log lie between an earlier position and this one; 0 if it is no earlier one.
+    pub fn bytes_after(self, earlier: Lsn) -> u64 {
+        self.0.saturating_sub(earlier.0)
+    }
+}
+
 impl FromStr for Lsn {
     type Err = std::num::ParseIntError;
 
@@ -74,6 +81,15 @@ pub struct Subscription {
     pub slot: Option<String>,
     /// Its publications on the source.
     pub publications: Vec<String>,
+}
+
+/// What brings the source's changes to the target.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Feed {
+    /// These subscriptions of it.
+    Subscriptions(Vec<Subscription>),
+    /// The write-ahead log: it is a physical standby.
+    Wal,
 }
 
 /// How far the copy of one table is.
@@ -166,7 +182,7 @@ pub enum CatchUpError {
     Late {
         /// How long was waited.
         limit: Duration,
-        /// The sentinel, or slots whose applied position is short of it.
+        /// The sentinel, or subscriptions or a standby whose applied position is short of it.
         missing: Vec<String>,
     },
     /// A server did not answer.
@@ -291,14 +307,8 @@ impl Cluster {
 }
 
 impl Clusters {
-    /// Sends the sentinel after everything committed so far and waits until it, and every subscription, has arrived.
-    pub async fn catch_up(
-        &self,
-        db: &Name,
-        token: &str,
-        of: &[Subscription],
-        limit: Duration,
-    ) -> Result<CaughtUp, CatchUpError> {
+    /// Sends the sentinel after everything committed so far and waits until it, and everything before it, has arrived.
+    pub async fn catch_up(&self, db: &Name, token: &str, of: &Feed, limit: Duration) -> Result<CaughtUp, CatchUpError> {
         let deadline = Deadline::after(limit);
         let position = self.source.write_sentinel(db, token, deadline.left()).await?;
         let mut nudges = 0;
@@ -323,18 +333,20 @@ impl Clusters {
         }
     }
 
-    async fn not_arrived(
-        &self,
-        db: &Name,
-        token: &str,
-        position: Lsn,
-        of: &[Subscription],
-    ) -> Result<Vec<String>, ClusterError> {
+    async fn not_arrived(&self, db: &Name, token: &str, position: Lsn, of: &Feed) -> Result<Vec<String>, ClusterError> {
         // Each look is answered at once by a server that lives.
         const LOOK: Duration = Duration::from_millis(500);
         if self.target.sentinel(db, LOOK).await?.as_deref() != Some(token) {
             return Ok(vec!["the sentinel".to_owned()]);
         }
+        let of = match of {
+            Feed::Subscriptions(of) => of,
+            Feed::Wal => {
+                let replayed = self.target.replayed(LOOK).await?;
+                let late = replayed.is_none_or(|at| at < position);
+                return Ok(if late { vec![format!("position {position}")] } else { Vec::new() });
+            }
+        };
         let slots = self.source.slots(of, LOOK).await?;
         let arrived = |name: &str| slots.iter().any(|s| s.name == name && s.replayed.is_some_and(|at| at >= position));
         let late = of.iter().filter(|s| !s.slot.as_deref().is_some_and(arrived));

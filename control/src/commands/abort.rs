@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use crate::clusters::{Cluster, ClusterError, Role};
 use crate::commands::{Answers, Context};
+use crate::config::Replication;
 use crate::event::Decision;
 use crate::printer::Exit;
 use crate::proxies::{ProxyError, SHOW_DEADLINE};
@@ -36,8 +37,13 @@ pub async fn run(context: &Context) -> anyhow::Result<Exit> {
         Ok(Some(claim)) => Ok(Some(claim)),
         Ok(None) => {
             let target = Cluster::new(Role::Target, &config.target.endpoint);
+            let there = match config.replication {
+                Replication::Logical { .. } => open(&target, &database).await,
+                // What is open there is a copy of what is open on the source.
+                Replication::Physical => Ok(None),
+            };
             // One that can't be asked now stops nobody: the epochs of a move there are on the source.
-            match open(&target, &database).await {
+            match there {
                 // A rollback's: what is the target here is its source.
                 Ok(Some(claim)) => {
                     source = target;

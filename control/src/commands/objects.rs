@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::clusters::{Certainty, Clusters, Ungated};
 use crate::commands::Context;
+use crate::config::Replication;
 use crate::printer::{Exit, Printer};
 use crate::steps::{STEP_DEADLINE, install};
 
@@ -64,13 +65,24 @@ impl Objects {
         if self.work == Work::Remove {
             let database = config.route.clone();
             left.extend(clusters.source.disarm(&database, REMOVE).await?);
-            left.extend(clusters.target.disarm(&database, REMOVE).await?);
+            match config.replication {
+                Replication::Logical { .. } => left.extend(clusters.target.disarm(&database, REMOVE).await?),
+                // What is removed on the source is removed on its standby.
+                Replication::Physical if clusters.target.is_in_recovery(STEP_DEADLINE).await? => {}
+                Replication::Physical => left.extend(clusters.target.disarm(&database, REMOVE).await?),
+            }
         } else {
             install::install(config, &clusters).await?;
             let certainty = clusters.source.arm(&config.route, STEP_DEADLINE).await?;
             superuser_sql = (certainty == Certainty::Watched).then(|| store::event_trigger(&config.route));
         }
-        let done = if self.work == Work::Remove { "gates removed" } else { "objects installed on target and source" };
+        let done = match (self.work, &config.replication) {
+            (Work::Remove, _) => "gates removed",
+            (Work::Install | Work::Sql, Replication::Logical { .. }) => "objects installed on target and source",
+            (Work::Install | Work::Sql, Replication::Physical) => {
+                "objects installed on the source, whose standby gets them"
+            }
+        };
         let left: Vec<String> = left.iter().map(Ungated::to_string).collect();
         let exit = if left.is_empty() { Exit::Done } else { Exit::Unfinished };
         context.printer.data(&Done { done, superuser_sql, left });

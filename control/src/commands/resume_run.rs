@@ -11,7 +11,7 @@ use pgcutover_api::store::{Outcome, StoreView, Turn};
 
 use crate::clusters::{Cluster, ClusterError, Clusters, DecideError, Role};
 use crate::commands::{Context, interrupt, report};
-use crate::config::Config;
+use crate::config::{Config, Replication};
 use crate::engine::{Engine, Hooks};
 use crate::event::{Began, Decision, Event};
 use crate::journal::{self, Journal, JournalError};
@@ -217,7 +217,9 @@ async fn heading(config: Config, run: Option<RunId>) -> (Config, Survey) {
         }
     };
     let there = |view: &Result<StoreView, ClusterError>| view.as_ref().is_ok_and(known);
-    if there(&survey.source) || !there(&survey.target) {
+    // A standby knows all of its source's epochs, and a promoted one the open one: they are no rollback's.
+    let physical = config.replication == Replication::Physical;
+    if physical || there(&survey.source) || !there(&survey.target) {
         return (config, survey);
     }
     let Survey { source, target } = survey;

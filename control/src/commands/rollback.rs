@@ -11,11 +11,12 @@ use serde::Serialize;
 use crate::clusters::{Cluster, Clusters, Role, way_back};
 use crate::commands::cutover::Cutover;
 use crate::commands::{Context, series};
+use crate::config::{Config, Replication};
 use crate::event::Ending;
 use crate::finding::Finding;
 use crate::plan::Goal;
 use crate::printer::Exit;
-use crate::steps::reverse;
+use crate::steps::{promoted, reverse};
 
 /// How.
 #[derive(Debug, Args)]
@@ -67,6 +68,10 @@ impl Rollback {
 
 async fn turned(context: Context) -> Result<Context, (Context, Finding)> {
     let config = &context.config;
+    if config.replication == Replication::Physical {
+        let finding = no_way_back(config);
+        return Err((context, finding));
+    }
     let clusters = Clusters {
         source: Cluster::new(Role::Source, &config.source.endpoint),
         target: Cluster::new(Role::Target, &config.target.endpoint),
@@ -90,6 +95,17 @@ async fn turned(context: Context) -> Result<Context, (Context, Finding)> {
             Err((context, finding))
         }
     }
+}
+
+/// A promoted server has nothing that follows it.
+fn no_way_back(config: &Config) -> Finding {
+    let (old, new) = (&config.source.backend, &config.target.backend);
+    let problem = format!("moves physically: nothing leads from {new} back to {old}");
+    let fix = format!(
+        "rebuild {old} as a standby of {new} (pg_rewind --source-server, or pg_basebackup -R); {}",
+        promoted::RETURN
+    );
+    Finding::red("rollback", &config.database, problem, fix)
 }
 
 impl fmt::Display for Refusal {

@@ -11,8 +11,8 @@ use serde::Serialize;
 
 use crate::clusters::{Cluster, ClusterError, Role};
 use crate::commands::Context;
-use crate::config::Side;
 use crate::config::members::BouncerEntry;
+use crate::config::{Replication, Side};
 use crate::printer::Exit;
 use crate::proxies::{Proxy, ProxyError};
 use crate::roster;
@@ -210,7 +210,10 @@ fn gate(proxy: &Proxy, answer: Result<GateRow, ProxyError>) -> Gate {
 }
 
 async fn lag(context: &Context, source: &Cluster, target: &Cluster) -> Vec<Subscription> {
-    let named = &context.config.replication.subscriptions;
+    let named = match &context.config.replication {
+        Replication::Logical { subscriptions } => subscriptions,
+        Replication::Physical => return Vec::new(),
+    };
     let Ok(subscriptions) = target.subscriptions(&context.config.route, named, STEP_DEADLINE).await else {
         return Vec::new();
     };

@@ -6,8 +6,8 @@ use std::fmt;
 
 use tokio_postgres::config::Host;
 
-use crate::config::section::{Checked, Section};
-use crate::config::{Config, Endpoint, Side, TlsMode};
+use crate::config::section::{Checked, Section, wrong};
+use crate::config::{Config, Endpoint, Replication, Side, TlsMode};
 
 /// Whether a way back is prepared within the stall and attached after it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,10 +18,17 @@ pub struct WayBack {
 }
 
 /// Reads the section. On unless it says otherwise: who finds out that the new server does not do wants to go back, and
-/// then it is too late to prepare it. Where it can't be had preflight is red, so that nobody only believes to have it.
-pub(super) fn way_back(section: Option<Section>) -> Checked<WayBack> {
-    let Some(mut section) = section else { return Ok(WayBack { enabled: true }) };
-    let enabled = section.flag("enabled")?.unwrap_or(true);
+/// then it is too late to prepare it. Where it can't be had preflight is red, so that nobody only believes to have it. Nothing
+/// follows a promoted standby back.
+pub(super) fn way_back(section: Option<Section>, replication: &Replication) -> Checked<WayBack> {
+    let possible = *replication != Replication::Physical;
+    let Some(mut section) = section else { return Ok(WayBack { enabled: possible }) };
+    let enabled = section.flag("enabled")?.unwrap_or(possible);
+    if enabled && !possible {
+        let reason = "must be false with replication.kind = 'physical': rebuild the old server as a standby of the new one \
+                      (pg_rewind or pg_basebackup), swap [source] and [target], and run another cutover";
+        return Err(wrong(section.key("enabled"), reason));
+    }
     section.finish()?;
     Ok(WayBack { enabled })
 }
@@ -34,7 +41,10 @@ impl Config {
         for bouncer in &mut self.bouncers {
             std::mem::swap(&mut bouncer.source, &mut bouncer.target);
         }
-        self.replication.subscriptions = subscription.into_iter().collect();
+        match &mut self.replication {
+            Replication::Logical { subscriptions } => *subscriptions = subscription.into_iter().collect(),
+            Replication::Physical => {}
+        }
         self
     }
 }
@@ -111,7 +121,7 @@ mod tests {
         let there = config("dsn = 'host=b user=u'");
         let back = there.clone().turned(Some("s".to_owned()));
         assert_eq!((back.source.backend.as_str(), back.target.backend.as_str()), ("green", "blue"));
-        assert_eq!(back.replication.subscriptions, ["s"]);
+        assert_eq!(back.replication, Replication::Logical { subscriptions: vec!["s".to_owned()] });
         assert_eq!(back.turned(None).source.backend, there.source.backend);
     }
 }

@@ -7,14 +7,40 @@ mod data;
 mod people;
 mod replication;
 mod servers;
+mod standby;
 mod types;
 
 use crate::finding::Finding;
 use crate::preflight::facts::{ClusterFacts, Facts};
 
+/// Of a physical standby, which is the source's copy in everything that the others compare.
+const PHYSICAL: &[fn(&Facts) -> Vec<Finding>] = &[
+    servers::versions,
+    servers::identity,
+    standby::streaming,
+    standby::promotion,
+    standby::waiting,
+    standby::neighbours,
+    standby::feeds,
+    standby::lag,
+    servers::route_name,
+    servers::clock_skew,
+    servers::own_rights,
+    servers::event_trigger,
+    servers::store,
+    data::table_rights,
+    standby::left_behind,
+    people::old_transactions,
+    people::prepared_transactions,
+    people::verifiers,
+    people::bypass,
+    people::proxies,
+    people::members,
+];
+
 /// Every check, in the order in which they are read.
 pub fn checks(facts: &Facts) -> Vec<Finding> {
-    const ALL: &[fn(&Facts) -> Vec<Finding>] = &[
+    const LOGICAL: &[fn(&Facts) -> Vec<Finding>] = &[
         servers::versions,
         servers::identity,
         servers::wal_level,
@@ -48,7 +74,8 @@ pub fn checks(facts: &Facts) -> Vec<Finding> {
         people::members,
         bouncers::bouncers,
     ];
-    ALL.iter().flat_map(|check| check(facts)).collect()
+    let all = if facts.standby.is_some() { PHYSICAL } else { LOGICAL };
+    all.iter().flat_map(|check| check(facts)).collect()
 }
 
 /// The findings, or one that says that all is well.

@@ -4,15 +4,17 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use pgcutover_api::store;
-use pgcutover_api::store::{Gate, Identity, Member, Name, literal};
-use uuid::Uuid;
+use pgcutover_api::store::{Gate, Identity, Member, Name};
 
 use crate::clusters::{
     BadCell, Cells, Cluster, ClusterError, Clusters, PreparedTransaction, PublishedTable, Sequence, SlotState,
     Subscription, TableFacts, TableState, way_back,
 };
+use crate::config::Replication;
 use crate::config::members::{Address, Unlisted};
+use crate::preflight::attempts::{Attempt, attempts, tried};
+use crate::preflight::standby;
+use crate::preflight::standby::StandbyFacts;
 use crate::preflight::types;
 use crate::preflight::types::Types;
 
@@ -21,8 +23,8 @@ use crate::preflight::types::Types;
 pub struct Inquiry {
     /// The route.
     pub db: Name,
-    /// The subscriptions that must have caught up; empty means all of the target database.
-    pub subscriptions: Vec<String>,
+    /// How changes get to the target.
+    pub replication: Replication,
     /// How the source will reach the target for the way back, if there is to be one; libpq's words.
     pub reverse_dsn: Option<String>,
     /// What the proxies said.
@@ -163,8 +165,10 @@ pub struct Facts {
     pub source: ClusterFacts,
     /// The server that gains them.
     pub target: ClusterFacts,
-    /// What lies between them.
+    /// What lies between them; nothing where that is the write-ahead log.
     pub replication: ReplicationFacts,
+    /// The target as a physical standby; none where it is a server of its own.
+    pub standby: Option<StandbyFacts>,
     /// The proxies we know.
     pub proxies: Vec<ProxyFacts>,
     /// The PgBouncers we know.
@@ -291,23 +295,15 @@ pub struct StoreFacts {
     pub gates: Vec<Gate>,
 }
 
-/// One right, tried.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Attempt {
-    /// Which right: `store`, `event_trigger`, `activity`, `slot`, `subscribe`, `detach`.
-    pub right: &'static str,
-    /// The server's words if it refused.
-    pub refusal: Option<String>,
-}
-
 /// Asks both servers. Each question has the inquiry's limit; an absent server is an error.
 pub async fn gather(clusters: &Clusters, inquiry: &Inquiry) -> Result<Facts, ClusterError> {
     let limit = inquiry.limit;
-    let (mut source, mut target, replication) = tokio::try_join!(
+    let (mut source, mut target, between) = tokio::try_join!(
         cluster(&clusters.source, inquiry),
         cluster(&clusters.target, inquiry),
-        replication(clusters, inquiry)
+        between(clusters, inquiry)
     )?;
+    let (replication, standby) = between;
     if let Some(conninfo) = &inquiry.reverse_dsn {
         source.attempts.push(tried("subscribe", clusters.source.try_subscribe(&inquiry.db, conninfo, limit).await)?);
         for forward in &replication.subscriptions {
@@ -322,6 +318,7 @@ pub async fn gather(clusters: &Clusters, inquiry: &Inquiry) -> Result<Facts, Clu
         source,
         target,
         replication,
+        standby,
         proxies: inquiry.proxies.clone(),
         bouncers: inquiry.bouncers.clone(),
         members,
@@ -329,12 +326,28 @@ pub async fn gather(clusters: &Clusters, inquiry: &Inquiry) -> Result<Facts, Clu
     })
 }
 
-async fn replication(clusters: &Clusters, inquiry: &Inquiry) -> Result<ReplicationFacts, ClusterError> {
+async fn between(
+    clusters: &Clusters,
+    inquiry: &Inquiry,
+) -> Result<(ReplicationFacts, Option<StandbyFacts>), ClusterError> {
+    match &inquiry.replication {
+        Replication::Logical { subscriptions } => Ok((replication(clusters, inquiry, subscriptions).await?, None)),
+        Replication::Physical => {
+            Ok((ReplicationFacts::default(), Some(standby::gather(clusters, inquiry.limit).await?)))
+        }
+    }
+}
+
+async fn replication(
+    clusters: &Clusters,
+    inquiry: &Inquiry,
+    named: &[String],
+) -> Result<ReplicationFacts, ClusterError> {
     let limit = inquiry.limit;
-    let subscriptions = clusters.target.subscriptions(&inquiry.db, &inquiry.subscriptions, limit).await?;
+    let subscriptions = clusters.target.subscriptions(&inquiry.db, named, limit).await?;
     let there = |name: &String| subscriptions.iter().any(|s| s.name == *name);
     let ours = subscriptions.iter().any(|s| way_back::epoch_of(&inquiry.db, &s.name).is_some());
-    let missing = inquiry.subscriptions.iter().filter(|name| !ours && !there(name)).cloned().collect();
+    let missing = named.iter().filter(|name| !ours && !there(name)).cloned().collect();
     let states = clusters.target.table_states(&subscriptions, limit).await?;
     let published = clusters.source.published(&subscriptions, limit).await?;
     let slots = clusters.source.slots(&subscriptions, limit).await?;
@@ -518,80 +531,4 @@ async fn store(cluster: &Cluster, limit: Duration) -> Result<Option<StoreFacts>,
     // The gates view belongs to the owner too; without its rights there is nothing more to see.
     let gates = if lacks.is_none() { cluster.gates(limit).await? } else { Vec::new() };
     Ok(Some(StoreFacts { owner, lacks, gates }))
-}
-
-async fn attempts(cluster: &Cluster, inquiry: &Inquiry) -> Result<Vec<Attempt>, ClusterError> {
-    let scratch = format!("pgcutover_probe_{}", Uuid::new_v4().simple());
-    let limit = inquiry.limit;
-    let mut attempts = vec![
-        attempt(cluster, "store", &scratch_store(&scratch), limit).await?,
-        attempt(cluster, "event_trigger", &scratch_event_trigger(&scratch, &inquiry.db), limit).await?,
-        attempt(cluster, "activity", ACTIVITY, limit).await?,
-    ];
-    if inquiry.limits.way_back {
-        attempts.push(attempt(cluster, "slot", &scratch_slot(&scratch), limit).await?);
-    }
-    Ok(attempts)
-}
-
-/// What a server said to something that was tried and taken back; one that says nothing in time says no.
-fn tried(right: &'static str, answer: Result<(), ClusterError>) -> Result<Attempt, ClusterError> {
-    match answer {
-        Ok(()) => Ok(Attempt { right, refusal: None }),
-        Err(error @ (ClusterError::Refused { .. } | ClusterError::Deadline { .. })) => {
-            Ok(Attempt { right, refusal: Some(error.to_string()) })
-        }
-        Err(error) => Err(error),
-    }
-}
-
-async fn attempt(cluster: &Cluster, right: &'static str, sql: &str, limit: Duration) -> Result<Attempt, ClusterError> {
-    match cluster.ask(right, sql, limit).await {
-        Ok(_) => Ok(Attempt { right, refusal: None }),
-        // No room is not a lack of rights: it has a check of its own.
-        Err(ClusterError::Refused { sqlstate, .. }) if right == "slot" && sqlstate == "53400" => {
-            Ok(Attempt { right, refusal: None })
-        }
-        Err(ClusterError::Refused { message, sqlstate, .. }) => {
-            Ok(Attempt { right, refusal: Some(format!("{message} [{sqlstate}]")) })
-        }
-        Err(error) => Err(error),
-    }
-}
-
-/// The gate's trigger checked as the gate is used: an always-on statement trigger whose function is replaced.
-fn scratch_store(schema: &str) -> String {
-    format!(
-        "BEGIN; SET LOCAL lock_timeout = 500; CREATE SCHEMA {schema}; CREATE TABLE {schema}.t (a int PRIMARY KEY); \
-         CREATE FUNCTION {schema}.gate() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'; \
-         CREATE TRIGGER gate BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON {schema}.t \
-         FOR EACH STATEMENT EXECUTE FUNCTION {schema}.gate(); ALTER TABLE {schema}.t ENABLE ALWAYS TRIGGER gate; \
-         CREATE OR REPLACE FUNCTION {schema}.gate() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER \
-         SET search_path = pg_catalog AS 'BEGIN RETURN NULL; END'; INSERT INTO {schema}.t VALUES (1); ROLLBACK"
-    )
-}
-
-/// One that a superuser has put there counts as much as one that we may create.
-fn scratch_event_trigger(name: &str, db: &Name) -> String {
-    let body = format!(
-        "BEGIN IF NOT {} THEN CREATE EVENT TRIGGER {name} ON ddl_command_start EXECUTE FUNCTION {name}.ddl(); \
-         ALTER EVENT TRIGGER {name} ENABLE ALWAYS; END IF; END",
-        store::event_trigger_stands(db)
-    );
-    format!(
-        "BEGIN; SET LOCAL lock_timeout = 500; CREATE SCHEMA {name}; \
-         CREATE FUNCTION {name}.ddl() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN RETURN; END'; \
-         DO LANGUAGE plpgsql {}; ROLLBACK",
-        literal(&body)
-    )
-}
-
-/// Auxiliary processes belong to nobody: their kind is shown only to those who may see everyone's.
-const ACTIVITY: &str = "DO 'BEGIN IF EXISTS (SELECT FROM pg_stat_activity a WHERE a.backend_type IS NULL) THEN \
-    RAISE EXCEPTION USING ERRCODE = ''42501'', MESSAGE = ''the kind of other roles'''' sessions is hidden''; END IF; END'";
-
-/// A temporary physical slot proves the right and the room, and waits for nobody.
-fn scratch_slot(name: &str) -> String {
-    let name = literal(name);
-    format!("SELECT pg_create_physical_replication_slot({name}, false, true); SELECT pg_drop_replication_slot({name})")
 }

@@ -1,5 +1,6 @@
 //! S0: what an earlier run left to do is done, preflight is green, our objects are there (target first), gates are armed as
 //! no-ops, the way back is published, one sentinel was seen through, heartbeats go, every proxy has opened connections to the target.
+//! On a physical standby all of ours arrives by WAL.
 //!
 //! Invariant: no client waits for any of it longer than a lock attempt; everything stays when a run is refused, because the
 //! next run needs it and a no-op gate costs less than a microsecond a statement (`proxyctl objects remove` takes it away).
@@ -9,10 +10,11 @@ use std::time::Duration;
 use pgcutover_api::rows::{PrepareRow, Verdict};
 use pgcutover_api::store::Identity;
 
-use crate::clusters::{CatchUpError, Certainty, ClusterError, Clusters, Role, Subscription};
-use crate::config::{Budgets, HOLD_BUDGET_DEFAULT};
+use crate::clusters::{CatchUpError, Certainty, ClusterError, Clusters, Feed, Role};
+use crate::config::{Budgets, HOLD_BUDGET_DEFAULT, Replication};
 use crate::event::Facts;
 use crate::finding::{Finding, Level};
+use crate::plan::Goal;
 use crate::proxies::{Fleet, ProxyError, ProxyErrors};
 use crate::report;
 use crate::roster;
@@ -36,8 +38,11 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     install::install(&scene.config, &scene.clusters).await?;
     kept::keep_unleased(scene).await?;
     let certainty = scene.clusters.source.arm(&scene.database, STEP_DEADLINE).await?;
-    let subscriptions = scene.subscriptions().await?;
-    scene.clusters.publish_store(&subscriptions, STEP_DEADLINE).await?;
+    let feed = scene.feed().await?;
+    match &feed {
+        Feed::Subscriptions(of) => scene.clusters.publish_store(of, STEP_DEADLINE).await?,
+        Feed::Wal => {}
+    }
     let ungated = scene.clusters.source.arm_tables(&scene.database, ARM_TABLES).await?;
     if !ungated.is_empty() {
         let found = ungated.iter().map(fenced::open_table).collect();
@@ -46,7 +51,7 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     way_back::offer(scene).await?;
     // Connected now, so that no login happens while clients are held.
     scene.decider.view(&scene.database, STEP_DEADLINE).await?;
-    let travel = see_through(scene, &subscriptions).await?;
+    let travel = see_through(scene, &feed).await?;
     scene.heartbeat = Some(Heartbeat::start(&scene.clusters, &scene.database));
     holds(&scene.config.budgets, &scene.fleet).await?;
     if certainty == Certainty::Watched {
@@ -111,11 +116,11 @@ fn admit(scene: &mut Scene, findings: Vec<Finding>) -> Result<(), StepError> {
     }
 }
 
-async fn see_through(scene: &Scene, subscriptions: &[Subscription]) -> Result<Duration, StepError> {
+async fn see_through(scene: &Scene, feed: &Feed) -> Result<Duration, StepError> {
     let token = format!("{} armed", scene.run);
-    match scene.clusters.catch_up(&scene.database, &token, subscriptions, FIRST_SENTINEL).await {
+    match scene.clusters.catch_up(&scene.database, &token, feed, FIRST_SENTINEL).await {
         Ok(caught_up) => Ok(caught_up.waited),
-        Err(error @ CatchUpError::Late { .. }) => Err(caught_up::explain(scene, subscriptions, &error).await),
+        Err(error @ CatchUpError::Late { .. }) => Err(caught_up::explain(scene, feed, &error).await),
         Err(error @ (CatchUpError::NoSentinel(_) | CatchUpError::Cluster(_))) => {
             Err(StepError::plain(error.to_string()))
         }
@@ -188,14 +193,20 @@ pub async fn undo(_scene: &Scene) -> Result<Undo, StepError> {
     Ok(Undo::Nothing)
 }
 
-/// The servers are still the ones of the beginning, primaries both.
+/// The servers are still the ones of the beginning, primaries both; a standby has been promoted, but not by a rehearsal.
 pub async fn verify(scene: &Scene) -> Result<(), StepError> {
     let (source, target) = identities(&scene.clusters).await?;
     let Some((first_source, first_target)) = &scene.identities else {
         return Err(StepError::plain("the servers were never identified"));
     };
     for (role, first, now) in [(Role::Source, first_source, &source), (Role::Target, first_target, &target)] {
-        if first != now || now.in_recovery {
+        let as_it_was = first == now && !now.in_recovery;
+        let as_it_should = match (role, &scene.config.replication, scene.journal.state().goal) {
+            (Role::Source, _, _) | (Role::Target, Replication::Logical { .. }, _) => as_it_was,
+            (Role::Target, Replication::Physical, Goal::Rehearsal) => first == now && now.in_recovery,
+            (Role::Target, Replication::Physical, Goal::Cutover) => is_promoted(first, now, &source),
+        };
+        if !as_it_should {
             let problem = format!("is not the server it was when the run began: {first:?}, now {now:?}");
             let fix = "a failover happened, or the name resolves to another server: end it, then run again";
             return Err(StepError::found(
@@ -205,4 +216,10 @@ pub async fn verify(scene: &Scene) -> Result<(), StepError> {
         }
     }
     Ok(())
+}
+
+/// The standby of before, on a timeline of its own.
+fn is_promoted(standby: &Identity, now: &Identity, source: &Identity) -> bool {
+    let same = (standby.system_identifier, standby.version_num) == (now.system_identifier, now.version_num);
+    same && !now.in_recovery && now.timeline > source.timeline
 }

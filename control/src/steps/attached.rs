@@ -4,15 +4,20 @@
 //! the command that does it later.
 
 use crate::clusters::Role;
+use crate::config::Replication;
 use crate::event::Facts;
 use crate::finding::Finding;
 use crate::steps::reverse::{self, Attached, Served, Way, Which};
-use crate::steps::{Scene, StepError, Undo};
+use crate::steps::{Scene, StepError, Undo, promoted};
 
 /// Attaches.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     // Its rows would still travel the old way.
     scene.heartbeat = None;
+    if scene.config.replication == Replication::Physical {
+        scene.find(promoted::way_back(scene));
+        return Ok(Facts::new().with("enabled", false).with("attached", false));
+    }
     let enabled = scene.config.way_back.enabled;
     let facts = Facts::new().with("enabled", enabled);
     let claim = scene.claim()?;
@@ -62,7 +67,12 @@ pub async fn finish(scene: &mut Scene) -> Result<(), StepError> {
     }
     if served.by == Role::Target {
         let problem = format!("is served by {} already, by epoch {}", way.serving.1.backend, served.claim.epoch);
-        let fix = "nothing is left to do; 'proxyctl rollback' leads back";
+        let fix = match scene.config.replication {
+            Replication::Logical { .. } => "nothing is left to do; 'proxyctl rollback' leads back".to_owned(),
+            Replication::Physical => {
+                format!("nothing is left to do; back: rebuild the old server as a standby, {}", promoted::RETURN)
+            }
+        };
         red.push(Finding::red("armed", &scene.config.database, problem, fix));
     }
     if let Some(offer) = left {

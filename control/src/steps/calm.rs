@@ -4,9 +4,11 @@
 
 use std::time::Duration;
 
-use crate::clusters::{BadCell, Cells, ClusterError};
+use crate::clusters::{BadCell, Cells, ClusterError, Feed, Subscription};
+use crate::config::Replication;
 use crate::event::Facts;
 use crate::finding::Finding;
+use crate::report::prediction::PROMOTION;
 use crate::steps::heartbeat::Heartbeat;
 use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, transplanted};
 
@@ -76,7 +78,28 @@ async fn look(scene: &Scene) -> Result<(Facts, Vec<Finding>), StepError> {
 }
 
 async fn lag(scene: &Scene, storms: &mut Vec<Finding>) -> Result<i64, StepError> {
-    let subscriptions = scene.subscriptions().await?;
+    match scene.feed().await? {
+        Feed::Subscriptions(of) => of_subscriptions(scene, of, storms).await,
+        Feed::Wal => of_standby(scene, storms).await,
+    }
+}
+
+async fn of_standby(scene: &Scene, storms: &mut Vec<Finding>) -> Result<i64, StepError> {
+    let lag_bytes = scene.clusters.standby_lag(STEP_DEADLINE).await?;
+    let max = scene.config.budgets.lag_bytes_max;
+    if lag_bytes > max {
+        let problem = format!("has not replayed the last {lag_bytes} bytes, limit {max}");
+        let fix = "wait for it, or raise budgets.lag_bytes_max";
+        storms.push(Finding::red("calm", &scene.config.target.backend, problem, fix));
+    }
+    Ok(i64::try_from(lag_bytes).unwrap_or(i64::MAX))
+}
+
+async fn of_subscriptions(
+    scene: &Scene,
+    subscriptions: Vec<Subscription>,
+    storms: &mut Vec<Finding>,
+) -> Result<i64, StepError> {
     let slots = scene.clusters.source.slots(&subscriptions, STEP_DEADLINE).await?;
     let max = scene.config.budgets.lag_bytes_max;
     let mut worst = 0;
@@ -131,7 +154,11 @@ fn predicted(scene: &Scene, storms: &mut Vec<Finding>) -> Option<u64> {
         ));
         return None;
     };
-    let predicted = travel + FIXED;
+    let promotion = match scene.config.replication {
+        Replication::Logical { .. } => Duration::ZERO,
+        Replication::Physical => PROMOTION,
+    };
+    let predicted = travel + FIXED + promotion;
     if predicted > budget {
         let problem =
             format!("a change takes {travel:?} to arrive: the stall would be about {predicted:?}, budget {budget:?}");

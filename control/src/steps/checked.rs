@@ -3,10 +3,11 @@
 //! Invariant: reads only. What it proves: the servers are the same primaries, every living proxy is paused at this epoch, the
 //! source is fenced and every table of it gated, nothing is prepared, the sentinel is right, no sequence stands behind, no
 //! session is tied, the schema is the one that was armed, the target takes our writes and keeps clients out until the evidence where
-//! it has a gate.
+//! it has a gate. A physical target has been promoted; in a rehearsal it is still the standby, which holds the fence.
 
 use pgcutover_api::store::GateForm;
 
+use crate::config::Replication;
 use crate::event::Facts;
 use crate::finding::Finding;
 use crate::plan::Goal;
@@ -65,11 +66,15 @@ async fn catalogue_is_unchanged(scene: &Scene) -> Result<(), StepError> {
 async fn target_is_shut(scene: &Scene) -> Result<(), StepError> {
     let claim = scene.claim()?;
     let gates = scene.clusters.target.gates(STEP_DEADLINE).await?;
-    match gates.iter().find(|gate| gate.db == scene.database.as_str()) {
-        None => Ok(()),
-        Some(gate) if gate.form == Some(GateForm::Target) && gate.epoch == claim.epoch => Ok(()),
-        Some(gate) => {
-            Err(StepError::plain(format!("the target's gate would let clients in before the decision: {gate:?}")))
-        }
+    let gate = gates.iter().find(|gate| gate.db == scene.database.as_str());
+    let is = |form| gate.is_some_and(|gate| gate.form == Some(form) && gate.epoch == claim.epoch);
+    let is_shut = match (&scene.config.replication, scene.journal.state().goal) {
+        (Replication::Logical { .. }, _) => gate.is_none() || is(GateForm::Target),
+        (Replication::Physical, Goal::Cutover) => is(GateForm::Target),
+        (Replication::Physical, Goal::Rehearsal) => is(GateForm::Fenced),
+    };
+    if is_shut {
+        return Ok(());
     }
+    Err(StepError::plain(format!("the target's gate would let clients in before the decision: {gate:?}")))
 }

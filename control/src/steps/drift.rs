@@ -5,8 +5,8 @@
 use pgcutover_api::rows::BackendRow;
 use pgcutover_api::store::{GateForm, Identity};
 
-use crate::clusters::{Cluster, ClusterError, Clusters};
-use crate::config::{Config, Side};
+use crate::clusters::{Cluster, ClusterError, Clusters, Recovery};
+use crate::config::{Config, Replication, Side};
 use crate::finding::Finding;
 use crate::proxies::{Fleet, ProxyError};
 use crate::roster;
@@ -120,7 +120,10 @@ async fn of_source(config: &Config, source: &Cluster) -> Result<Vec<Finding>, Cl
 }
 
 async fn of_replication(config: &Config, target: &Cluster) -> Result<Vec<Finding>, ClusterError> {
-    let named = &config.replication.subscriptions;
+    let named = match &config.replication {
+        Replication::Logical { subscriptions } => subscriptions,
+        Replication::Physical => return of_standby(config, target).await,
+    };
     let there = target.subscriptions(&config.route, named, STEP_DEADLINE).await?;
     let missing = named.iter().filter(|name| !there.iter().any(|subscription| subscription.name == **name));
     let fix = "CREATE SUBSCRIPTION on the target, or correct replication.subscriptions";
@@ -134,4 +137,16 @@ async fn of_replication(config: &Config, target: &Cluster) -> Result<Vec<Finding
         found.push(Finding::red("subscription", &subscription.name, "is disabled", fix));
     }
     Ok(found)
+}
+
+async fn of_standby(config: &Config, target: &Cluster) -> Result<Vec<Finding>, ClusterError> {
+    let standby = target.standby(STEP_DEADLINE).await?;
+    let problem = match standby.recovery {
+        Recovery::Over => "is declared a physical standby and is none",
+        Recovery::Paused => "is a standby whose replay is paused",
+        Recovery::Replaying if standby.receiver.is_none() => "is a standby to which nothing streams",
+        Recovery::Replaying => return Ok(Vec::new()),
+    };
+    let fix = "rebuild it as a standby, or mend its replication; or correct replication.kind";
+    Ok(vec![Finding::red("standby", &config.target.backend, problem, fix)])
 }

@@ -1,14 +1,19 @@
 //! S5: sequences are set with their gap and what was applied is on the target's disk, by one synchronous transaction.
 //!
-//! Invariant: a row of ours is always written, sequences or not (PROTOCOL R6). Sequences are read after the barrier.
+//! Invariant: a row of ours is always written, sequences or not (PROTOCOL R6). Sequences are read after the barrier. Nothing of
+//! it is for a physical standby: it replays only what is on its disk, and its sequences arrive by WAL, up to 32 numbers ahead.
 
 use crate::clusters::{Position, Sequence, drift};
+use crate::config::Replication;
 use crate::event::Facts;
 use crate::finding::Finding;
 use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo};
 
 /// Reads there, sets here.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
+    if scene.config.replication == Replication::Physical {
+        return Ok(Facts::new().with("by", "wal"));
+    }
     let sequences = scene.clusters.source.sequences(STEP_DEADLINE).await?;
     let hidden: Vec<&Sequence> = sequences.iter().filter(|sequence| sequence.position == Position::Hidden).collect();
     if !hidden.is_empty() {
@@ -36,6 +41,9 @@ pub async fn undo(_scene: &Scene) -> Result<Undo, StepError> {
 
 /// No sequence of the target stands less far than it has to.
 pub async fn verify(scene: &Scene) -> Result<(), StepError> {
+    if scene.config.replication == Replication::Physical {
+        return Ok(());
+    }
     let (source, target) = tokio::try_join!(
         scene.clusters.source.sequences(STEP_DEADLINE),
         scene.clusters.target.sequences(STEP_DEADLINE)

@@ -8,7 +8,7 @@ use pgcutover_api::command::{Command, PrepareSwitch};
 use pgcutover_api::rows::{BackendRow, PrepareRow, Verdict as Answer};
 
 use crate::clusters::{ClusterError, Clusters};
-use crate::config::Config;
+use crate::config::{Config, Replication};
 use crate::finding::Finding;
 use crate::preflight::{self, Control, Inquiry, Limits, LoginVerdict, OidChange, ProxyBackend, ProxyFacts, Verdict};
 use crate::proxies::{Fleet, Proxy, ProxyError};
@@ -25,7 +25,7 @@ pub async fn inspect(config: &Config, clusters: &Clusters, fleet: &Fleet) -> Res
     let proxies = fleet.all(|proxy| of_proxy(config, proxy)).await?;
     let inquiry = Inquiry {
         db: config.route.clone(),
-        subscriptions: config.replication.subscriptions.clone(),
+        replication: config.replication.clone(),
         reverse_dsn: config.way_back.enabled.then(|| config.target.conninfo()),
         proxies: proxies.into_iter().map(|(_, facts)| facts).collect(),
         bouncers: kept::facts(config, &clusters.source).await,
@@ -46,7 +46,10 @@ pub async fn inspect(config: &Config, clusters: &Clusters, fleet: &Fleet) -> Res
     findings.extend(somebody_at_work(config, clusters).await?);
     // PREPARE SWITCH has looked at them.
     for (proxy, sessions) in fleet.all(|proxy| proxy.sessions(&config.database)).await? {
-        findings.extend(transplanted::tied(proxy, &sessions));
+        findings.extend(match config.replication {
+            Replication::Logical { .. } => transplanted::tied(proxy, &sessions),
+            Replication::Physical => transplanted::kept(proxy, &sessions),
+        });
     }
     Ok(findings)
 }

@@ -1,17 +1,21 @@
 //! Our tables, functions, rights and seeds on both servers.
 //!
-//! Invariant: the target first: under FOR ALL TABLES the first row of a table that the target lacks stops replication for
+//! Invariant: the target first (a standby gets them by WAL): under FOR ALL TABLES the first row of a table that the target lacks stops replication for
 //! good. Installing again changes nothing that exists.
 
 use crate::clusters::{ClusterError, Clusters};
-use crate::config::Config;
+use crate::config::{Config, Replication};
 use crate::finding::Finding;
 use crate::steps::{STEP_DEADLINE, StepError};
 
 /// Installs.
 pub async fn install(config: &Config, clusters: &Clusters) -> Result<(), StepError> {
     let database = config.route.clone();
-    for cluster in [&clusters.target, &clusters.source] {
+    let servers = match &config.replication {
+        Replication::Logical { .. } => vec![&clusters.target, &clusters.source],
+        Replication::Physical => vec![&clusters.source],
+    };
+    for cluster in servers {
         let role = cluster.role().to_string();
         cluster.install(STEP_DEADLINE).await.map_err(|error| {
             refused(

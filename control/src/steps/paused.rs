@@ -10,6 +10,7 @@ use pgcutover_api::rows::{BlockerRow, GateState};
 use pgcutover_api::store::{Name, SQLSTATE_UNDECIDED};
 
 use crate::clusters::ClusterError;
+use crate::config::Replication;
 use crate::event::{Event, Facts};
 use crate::finding::Finding;
 use crate::proxies::{ProxyErrors, SHOW_DEADLINE};
@@ -33,7 +34,14 @@ const ASK_AGAIN: Duration = Duration::from_millis(100);
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     unchanged(scene).await?;
     let claim = open(scene).await?;
-    let guarded = scene.clusters.target.guard(&scene.turn()?, STEP_DEADLINE).await?;
+    let guarded = match scene.config.replication {
+        Replication::Logical { .. } => scene.clusters.target.guard(&scene.turn()?, STEP_DEADLINE).await?,
+        // A standby takes no client's writes; its copy of this epoch must never be decided.
+        Replication::Physical => {
+            scene.clusters.source.bind(&scene.turn()?, STEP_DEADLINE).await?;
+            false
+        }
+    };
     let lease = scene.lease()?;
     let database = scene.config.database.clone();
     let mut leases = scene.fleet.keep(&database, claim, lease, scene.config.budgets.renew);

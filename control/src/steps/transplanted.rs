@@ -6,8 +6,9 @@
 use std::time::Duration;
 
 use pgcutover_api::command::{Command, Transplant, Warrant};
-use pgcutover_api::rows::{Fate, Prospect, SessionRow, TransplantRow};
+use pgcutover_api::rows::{Fate, PoolMode, Prospect, SessionRow, TransplantRow};
 
+use crate::config::Replication;
 use crate::event::Facts;
 use crate::finding::Finding;
 use crate::proxies::{Proxy, ProxyError};
@@ -25,6 +26,9 @@ const FIX: &str =
 
 /// Makes the copies.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
+    if scene.config.replication == Replication::Physical {
+        return nobody_kept(scene).await.map(|()| Facts::new().with("sessions_moved", 0));
+    }
     let rows = transplant(scene).await?;
     let count = |wanted: fn(&TransplantRow) -> bool| rows.iter().filter(|row| wanted(row)).count();
     let max = |part: fn(&TransplantRow) -> u64| rows.iter().map(part).max().unwrap_or(0);
@@ -43,7 +47,29 @@ pub async fn undo(_scene: &Scene) -> Result<Undo, StepError> {
 
 /// The copies are there: asked again, a proxy answers what it has done.
 pub async fn verify(scene: &Scene) -> Result<(), StepError> {
+    if scene.config.replication == Replication::Physical {
+        return nobody_kept(scene).await;
+    }
     transplant(scene).await.map(drop)
+}
+
+/// A standby restores no session: LISTEN and advisory locks of what is read-only, numbers drawn from sequences.
+async fn nobody_kept(scene: &Scene) -> Result<(), StepError> {
+    let of_proxies = scene.fleet.all(|proxy| proxy.sessions(&scene.config.database)).await?;
+    let found: Vec<Finding> = of_proxies.iter().flat_map(|(proxy, rows)| kept(proxy, rows)).collect();
+    if found.is_empty() { Ok(()) } else { Err(refusal(found)) }
+}
+
+/// Sessions that keep their server, which a physical move does not take along yet.
+pub fn kept(proxy: &str, sessions: &[SessionRow]) -> Vec<Finding> {
+    let kept = sessions.iter().filter(|row| row.pool_mode == PoolMode::Session);
+    let told = kept.map(|row| {
+        let who = format!("{proxy}: {} from {}:{} ({})", row.user, row.addr, row.port, row.application_name);
+        let problem = "is pooled by session: a standby can't be given its LISTEN, locks and sequences (replication.kind = 'physical')";
+        let fix = "pool its user in transaction mode, let it disconnect, or move logically";
+        Finding::red("transplanted", who, problem, fix)
+    });
+    told.collect()
 }
 
 async fn transplant(scene: &Scene) -> Result<Vec<TransplantRow>, StepError> {
@@ -71,6 +97,9 @@ fn refusal_of(proxy: &str, row: &TransplantRow) -> Finding {
 /// Refuses while there are sessions that could not be moved when they were last looked at; those that may be waited for
 /// get as long as a drain.
 pub async fn foresee(scene: &Scene) -> Result<(), StepError> {
+    if scene.config.replication == Replication::Physical {
+        return nobody_kept(scene).await;
+    }
     let until = tokio::time::Instant::now() + scene.config.budgets.drain;
     loop {
         let of_proxies = scene.fleet.all(|proxy| proxy.sessions(&scene.config.database)).await?;

@@ -1,5 +1,6 @@
 //! S6: a logical slot on the target, made between catch-up and the first client write there, from which the old source
-//! follows once clients are let go (S10); and what it takes before: the publication that it sends (S0).
+//! follows once clients are let go (S10); and what it takes before: the publication that it sends (S0). Of a physical move the
+//! same step promotes the standby (`promoted`): after that an abort costs it.
 //!
 //! Invariant: the publication is there before the slot is, or changes would be sent by none. The slot is dropped again by an
 //! abort, so that it does not keep WAL for nobody.
@@ -7,9 +8,10 @@
 use std::time::Duration;
 
 use crate::clusters::way_back;
+use crate::config::Replication;
 use crate::event::Facts;
 use crate::finding::Finding;
-use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo};
+use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, promoted};
 
 /// A publication of thousands of tables, each with a lock that VACUUM may hold.
 const OFFER: Duration = Duration::from_secs(20);
@@ -34,6 +36,9 @@ pub async fn offer(scene: &mut Scene) -> Result<(), StepError> {
 
 /// Makes it, where asked for.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
+    if scene.config.replication == Replication::Physical {
+        return promoted::run(scene).await;
+    }
     if !scene.config.way_back.enabled {
         return Ok(Facts::new().with("enabled", false));
     }
@@ -56,6 +61,9 @@ fn slot(scene: &Scene) -> Result<String, StepError> {
 
 /// Drops it.
 pub async fn undo(scene: &Scene) -> Result<Undo, StepError> {
+    if scene.config.replication == Replication::Physical {
+        return promoted::undo(scene).await;
+    }
     if !scene.config.way_back.enabled {
         return Ok(Undo::Nothing);
     }

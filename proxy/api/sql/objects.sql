@@ -47,6 +47,16 @@ CREATE UNLOGGED TABLE IF NOT EXISTS pgcutover.member (
   seen_at timestamptz NOT NULL,
   PRIMARY KEY (db, instance)
 );
+-- The timeline on which an epoch of a physical move was opened; NULL in every other one. Only where it is missing: ALTER TABLE
+-- locks readers out.
+DO $do$
+BEGIN
+  IF NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a
+                 WHERE a.attrelid = 'pgcutover.state'::pg_catalog.regclass AND a.attname = 'timeline') THEN
+    ALTER TABLE pgcutover.state ADD COLUMN timeline text;
+  END IF;
+END
+$do$;
 -- Tickets for draw(), on a target; those that were never used are of no use after a minute.
 CREATE UNLOGGED TABLE IF NOT EXISTS pgcutover.seat (
   ticket uuid PRIMARY KEY,
@@ -102,6 +112,18 @@ BEGIN
 END
 $f$;
 
+-- The timeline of this server; of a primary only.
+CREATE OR REPLACE FUNCTION pgcutover.timeline() RETURNS text LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $f$
+  SELECT substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)
+$f$;
+-- Whether this server is a promoted copy of the one on which the epoch was opened: the copy has the open epoch too.
+CREATE OR REPLACE FUNCTION pgcutover.copied(p_db text, p_epoch bigint) RETURNS boolean
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $f$
+BEGIN
+  RETURN EXISTS (SELECT FROM pgcutover.state s WHERE s.db = p_db AND s.epoch = p_epoch AND s.timeline <> pgcutover.timeline());
+END
+$f$;
+
 -- R4: the next epoch, only if the last one is decided.
 CREATE OR REPLACE FUNCTION pgcutover.open(p_db text, p_run uuid, p_target text, p_floor bigint) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f$
@@ -134,8 +156,22 @@ BEGIN
     coalesce(p_floor, 0));
   INSERT INTO pgcutover.state AS s (db, epoch, run, target, at)
     VALUES (p_db, next_epoch, p_run, p_target, clock_timestamp())
-    ON CONFLICT (db) DO UPDATE SET epoch = excluded.epoch, run = excluded.run, target = excluded.target, at = excluded.at;
+    ON CONFLICT (db) DO UPDATE SET epoch = excluded.epoch, run = excluded.run, target = excluded.target, at = excluded.at,
+      timeline = NULL;
   RETURN next_epoch;
+END
+$f$;
+
+-- A physical move, R14: the epoch is decided on the timeline on which it was opened, and nowhere else. The target is a copy of
+-- this very store: once promoted it would decide the epoch a second time, and its fence would open by that.
+CREATE OR REPLACE FUNCTION pgcutover.bind(p_db text, p_epoch bigint, p_run uuid) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f$
+BEGIN
+  PERFORM pgcutover.writing();
+  UPDATE pgcutover.state s SET timeline = pgcutover.timeline() WHERE s.db = p_db AND s.epoch = p_epoch AND s.run = p_run;
+  IF NOT FOUND THEN
+    RAISE EXCEPTION 'pgcutover: epoch % of % is over, or not of run %', p_epoch, p_db, p_run USING ERRCODE = '55000';
+  END IF;
 END
 $f$;
 
@@ -156,6 +192,7 @@ BEGIN
     SELECT s.db, s.epoch, s.run, p_want, s.target, clock_timestamp() FROM pgcutover.state s
     WHERE s.db = p_db AND s.epoch = p_epoch AND s.run = p_run
       AND NOT EXISTS (SELECT FROM pgcutover.evidence e WHERE e.db = p_db AND e.epoch = p_epoch)
+      AND NOT pgcutover.copied(p_db, p_epoch)
     ON CONFLICT (db, epoch) DO NOTHING;
   -- A second statement on purpose: one statement would not see the row that won a race.
   SELECT q.run, q.outcome INTO found_run, found_outcome FROM (
@@ -163,6 +200,10 @@ BEGIN
     UNION ALL
     SELECT d.run, d.outcome, 1 FROM pgcutover.decision d WHERE d.db = p_db AND d.epoch = p_epoch) q
     ORDER BY q.rank LIMIT 1;
+  IF found_run IS NULL AND pgcutover.copied(p_db, p_epoch) THEN
+    RAISE EXCEPTION 'pgcutover: epoch % of % was opened before this server was promoted: it is not decided here', p_epoch, p_db
+      USING ERRCODE = '55000', HINT = 'Ask the server that was the primary then.';
+  END IF;
   IF found_run IS DISTINCT FROM p_run THEN
     RAISE EXCEPTION 'pgcutover: epoch % of % is not of run %', p_epoch, p_db, p_run USING ERRCODE = '55000';
   END IF;
@@ -332,13 +373,14 @@ BEGIN
 END
 $f$;
 
--- R10: on a target that has a gate. False: it has none, and nothing was done. A message older than anything known here is
+-- R10: on a target that has a gate, of its own or, a promoted standby, a cloned one. False: it has none, and nothing was done. A message older than anything known here is
 -- refused: it would replace a newer fence.
 CREATE OR REPLACE FUNCTION pgcutover.guard(p_db text, p_epoch bigint, p_run uuid) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f$
 DECLARE
   now_form text;
   now_epoch bigint;
+  copied boolean := pgcutover.copied(p_db, p_epoch);
 BEGIN
   PERFORM pgcutover.writing();
   LOCK TABLE pgcutover.state IN SHARE ROW EXCLUSIVE MODE;
@@ -346,7 +388,7 @@ BEGIN
   IF NOT FOUND THEN
     RETURN false;
   END IF;
-  IF EXISTS (SELECT FROM pgcutover.state s WHERE s.db = p_db
+  IF NOT copied AND EXISTS (SELECT FROM pgcutover.state s WHERE s.db = p_db
              AND NOT EXISTS (SELECT FROM pgcutover.decision d WHERE d.db = p_db AND d.epoch = s.epoch)
              AND NOT EXISTS (SELECT FROM pgcutover.evidence e WHERE e.db = p_db AND e.epoch = s.epoch)) THEN
     RAISE EXCEPTION 'pgcutover: an epoch of % is undecided on this server: it is a source', p_db USING ERRCODE = '55000',
@@ -354,7 +396,8 @@ BEGIN
   END IF;
   IF now_epoch > p_epoch OR EXISTS (
       SELECT FROM pgcutover.state s WHERE s.db = p_db AND (s.epoch > p_epoch OR s.epoch = p_epoch AND s.run <> p_run)
-      UNION ALL SELECT FROM pgcutover.decision d WHERE d.db = p_db AND d.epoch >= p_epoch
+      -- On a copy an abort of this very epoch may have come in before the promotion: then it stays shut for good.
+      UNION ALL SELECT FROM pgcutover.decision d WHERE d.db = p_db AND (d.epoch > p_epoch OR d.epoch = p_epoch AND NOT copied)
       UNION ALL SELECT FROM pgcutover.evidence e WHERE e.db = p_db AND e.epoch >= p_epoch) THEN
     RAISE EXCEPTION 'pgcutover: epoch % of % is over, or not of run %', p_epoch, p_db, p_run USING ERRCODE = '55000';
   END IF;

@@ -26,6 +26,8 @@ GRANT SELECT (rolname, rolpassword) ON pg_catalog.pg_authid TO pgcutover;
 -- The way back is a subscription on the old server, and the one that led forward is dropped. From PostgreSQL 16 on
 -- pgcutover has to own that one (ALTER SUBSCRIPTION ... OWNER TO pgcutover) and needs: GRANT pg_create_subscription TO
 -- pgcutover. Before 16 only superusers own subscriptions: see the part that begins with pgcutover_subscriber below.
+-- Physical replication: the right to promote, given on the source, in the database that moves; it arrives by WAL.
+-- GRANT EXECUTE ON FUNCTION pg_catalog.pg_promote(boolean, integer) TO pgcutover;
 
 -- The proxies' control login: it reads and records decisions, and nothing else.
 -- Its rights on the store are granted by proxyctl (policy.proxy_role).

@@ -7,6 +7,7 @@
 //! [`ROLLBACK`] or close the connection.
 
 mod seat;
+mod standby;
 
 use std::fmt::{self, Display, Write};
 use std::str::FromStr;
@@ -18,6 +19,7 @@ use crate::epoch::Epoch;
 use crate::epoch::RunId;
 
 pub use seat::{Seat, seats};
+pub use standby::{bind, promote};
 
 /// Tables, functions and the gates view; idempotent. Run it on the target first, then on the source.
 pub const OBJECTS: &str = include_str!("../sql/objects.sql");

@@ -167,14 +167,18 @@ impl Database {
             settings: vec![(b"application_name"[..].into(), b"pgcutover control"[..].into())],
         };
         let connection = backend::connect(&endpoint.address, &login, deadline).await?;
-        self.remember_welcome(&connection.parameters);
+        self.remember_welcome(backend, &connection.parameters);
         Ok(connection)
     }
 
-    fn remember_welcome(&self, parameters: &Reported) {
+    fn remember_welcome(&self, backend: &str, parameters: &Reported) {
         let own: [&[u8]; 3] = [b"application_name", b"is_superuser", b"session_authorization"];
         let mut welcome = parameters.clone();
         welcome.retain(|(name, _)| !own.contains(&&**name));
+        // A target that is a standby now is a primary once clients get there.
+        if backend != &*self.site.route.active().backend {
+            welcome.retain(|(name, _)| &**name != b"in_hot_standby");
+        }
         self.welcome.store(Arc::new(Some(Arc::new(welcome))));
     }
 }

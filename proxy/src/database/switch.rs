@@ -17,7 +17,7 @@ use crate::database::refusal::{Refusal, Why};
 use crate::database::{Database, SWITCHES_KEPT, lock};
 use crate::gate::{Intent, Pause};
 use crate::pool;
-use crate::pool::Pool;
+use crate::pool::{Pool, Standing};
 use crate::route::{Active, Endpoint};
 
 /// A switch that happened.
@@ -60,6 +60,16 @@ pub enum SwitchedBy {
     Force,
     /// RELOAD with another address.
     Reload,
+}
+
+impl SwitchedBy {
+    /// The evidence was written there, or nobody has looked.
+    fn standing(self) -> Standing {
+        match self {
+            Self::Decision | Self::Followed => Standing::Primary,
+            Self::Force | Self::Reload => Standing::Unknown,
+        }
+    }
 }
 
 impl Database {
@@ -237,7 +247,7 @@ impl Database {
             self.site.events.route_writes_failed.count();
             tracing::error!(database = %self.name(), %error, "ALARM: the route was switched and could not be written down");
         }
-        self.pools().iter().for_each(|pool| pool.adopt_prewarmed(leap.to));
+        self.pools().iter().for_each(|pool| pool.adopt_prewarmed(leap.to, leap.by.standing()));
         self.lookups.close_idle();
         self.record(&from, &leap);
         tracing::info!(database = %self.name(), from, to = leap.to, epoch = %leap.epoch, by = ?leap.by, "switched");

@@ -104,6 +104,16 @@ impl Pooled {
         self.reported = Arc::new(now);
     }
 
+    /// Its server was perhaps a standby when it was opened, and is none now. It would say so with its next answer only, and
+    /// clients would be told the contrary before each of their transactions.
+    pub(super) fn promoted(&mut self) {
+        for told in [&mut self.initial, &mut self.reported] {
+            if parameters::reported(told, b"in_hot_standby") == Some(b"on") {
+                parameters::report(Arc::make_mut(told), b"in_hot_standby", b"off");
+            }
+        }
+    }
+
     /// Whether it is still there, asked without a system call unless something came in. At rest a server may report a
     /// setting or send a notice or a notification that nobody listens to any more; anything else is its end.
     pub(super) fn is_alive(&mut self) -> bool {

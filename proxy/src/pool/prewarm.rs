@@ -30,6 +30,15 @@ impl Prewarmed {
     }
 }
 
+/// What is known of a backend that connections were parked on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// It has taken a write since: whatever it was when they were opened, it is a primary.
+    Primary,
+    /// Nothing.
+    Unknown,
+}
+
 /// What came of prewarming for one user.
 #[derive(Debug, Clone)]
 pub struct Verdict {
@@ -79,7 +88,7 @@ impl Pool {
 
     /// The parked connections of a backend become the pool's own, of the route's present generation, each in the place of a
     /// former one, which closes in its turn; former ones without a successor close at once, so that others can be opened.
-    pub fn adopt_prewarmed(self: &Arc<Self>, backend: &str) {
+    pub fn adopt_prewarmed(self: &Arc<Self>, backend: &str, standing: Standing) {
         let generation = self.site.route.generation();
         let mut inner = self.lock();
         let parked = inner.parked.remove(backend).unwrap_or_default();
@@ -87,6 +96,9 @@ impl Pool {
         drop(inner);
         for mut pooled in parked.connections {
             pooled.generation = generation;
+            if standing == Standing::Primary {
+                pooled.promoted();
+            }
             if pooled.is_alive() {
                 pooled.shared.generation.store(generation, Ordering::Relaxed);
                 pooled.place = self.place_of(former.pop());

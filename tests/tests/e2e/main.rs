@@ -90,6 +90,8 @@ mod rehearse;
 #[cfg(test)]
 mod rollback;
 #[cfg(test)]
+mod physical;
+#[cfg(test)]
 mod fleet;
 #[cfg(test)]
 mod release;

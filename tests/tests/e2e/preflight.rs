@@ -9,6 +9,7 @@ use e2e::pair::{APP, DATABASE, PGCUTOVER, Pair, PairOptions, password};
 use pgcutover_api::epoch::{Epoch, RunId};
 use pgcutover_api::store::{self, Member, Name};
 use proxyctl::clusters::{Clusters, Role};
+use proxyctl::config::Replication;
 use proxyctl::config::members::Unlisted;
 use proxyctl::finding::{Finding, Level};
 use proxyctl::preflight::{Inquiry, Limits, OidChange, checks, gather};
@@ -20,7 +21,7 @@ const PAIRS: [(u32, u32); 2] = [(13, 17), (15, 17)];
 pub(crate) fn inquiry() -> Inquiry {
     Inquiry {
         db: Name::new(DATABASE).unwrap(),
-        subscriptions: Vec::new(),
+        replication: Replication::Logical { subscriptions: Vec::new() },
         reverse_dsn: None,
         proxies: Vec::new(),
         bouncers: Vec::new(),
@@ -287,7 +288,8 @@ async fn wrong_servers_and_wal_levels_are_named() {
     };
     let found = checks(&gather(&twice, &inquiry()).await.unwrap());
     assert!(found.iter().any(|f| f.level == Level::Red && f.check == "identity" && f.object == "target"), "{found:?}");
-    let named = Inquiry { subscriptions: vec!["nightly".to_owned()], ..inquiry() };
+    let replication = Replication::Logical { subscriptions: vec!["nightly".to_owned()] };
+    let named = Inquiry { replication, ..inquiry() };
     let found = checks(&gather(&bench.clusters, &named).await.unwrap());
     let missing =
         |f: &Finding| f.level == Level::Red && f.check == "subscriptions" && f.object == "subscription nightly";

@@ -5,7 +5,7 @@ use e2e::pair::{APP, DATABASE, PROXY, Pair, PairOptions, Publication, SUBSCRIPTI
 use futures_util::future::join_all;
 use pgcutover_api::epoch::{Claim, Epoch, RunId};
 use pgcutover_api::store::{self, GateForm, Member, Name, Outcome, StoreView, Turn};
-use proxyctl::clusters::{Clusters, DecideError, Role};
+use proxyctl::clusters::{Clusters, DecideError, Feed, Role};
 use tokio_postgres::SimpleQueryMessage;
 
 use crate::armed::{Armed, LEVELS, LIMIT, MAJORS, as_proxyctl, sqlstate};
@@ -255,7 +255,7 @@ async fn decisions_do_not_travel_and_sentinels_do() {
         let turn = Turn { db: db.clone(), claim: Claim { run, epoch } };
         clusters.source.decide(&turn, Outcome::Abort, LIMIT).await.unwrap();
         clusters.source.beat(&db, 7, LIMIT).await.unwrap();
-        clusters.catch_up(&db, "to'ken", &subscriptions, LIMIT).await.unwrap();
+        clusters.catch_up(&db, "to'ken", &Feed::Subscriptions(subscriptions), LIMIT).await.unwrap();
         assert_eq!(clusters.target.heard(&db, LIMIT).await.unwrap(), Some(7));
         assert_eq!(clusters.target.view(&db, LIMIT).await.unwrap(), StoreView::default(), "{publication:?}");
         let refused = clusters.target.decide(&turn, Outcome::Commit, LIMIT).await.unwrap_err();

@@ -35,7 +35,10 @@ impl Theatre {
         let mut options = PairOptions::new(13, 17);
         let settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
         options.source.settings.extend(settings);
-        let mut stage = Stage::start(&Binaries::of(&[13, 17]).unwrap(), &options, proxies).await.unwrap();
+        Theatre::on(Stage::start(&Binaries::of(&[13, 17]).unwrap(), &options, proxies).await.unwrap()).await
+    }
+
+    pub(crate) async fn on(mut stage: Stage) -> Theatre {
         stage.control.budget(&SHORT);
         let mut load = WorkloadOptions::new(stage.ports(), 8);
         load.writes_per_s = 200;

@@ -47,23 +47,11 @@ pub(super) fn versions(facts: &Facts) -> Vec<Finding> {
 
 pub(super) fn identity(facts: &Facts) -> Vec<Finding> {
     const CHECK: &str = "identity";
-    let mut found = Vec::new();
-    for (side, cluster) in sides(facts) {
-        if cluster.identity.in_recovery {
-            found.push(Finding::red(
-                CHECK,
-                side,
-                "is a standby (in recovery)",
-                format!("Name the primary in [{side}].dsn."),
-            ));
-        }
-    }
-    let (source, target) = (facts.source.identity.system_identifier, facts.target.identity.system_identifier);
-    if source == target {
-        let problem =
-            format!("has the source's system identifier {source}: it is the same server, or its physical copy");
-        found.push(Finding::red(CHECK, "target", problem, "Name another server in [target].dsn."));
-    }
+    let source = facts.source.identity.system_identifier;
+    let (mut found, well) = match facts.standby {
+        None => (two_primaries(facts, CHECK), "source and target are two primaries"),
+        Some(_) => (primary_and_standby(facts, CHECK), "the target is a standby of the source"),
+    };
     for proxy in &facts.proxies {
         let active = proxy.backends.iter().find(|backend| backend.is_active);
         if let Some(other) = active.filter(|backend| backend.name != facts.limits.source_backend) {
@@ -76,7 +64,45 @@ pub(super) fn identity(facts: &Facts) -> Vec<Finding> {
             found.push(Finding::red(CHECK, format!("proxy {}", proxy.name), problem, fix));
         }
     }
-    or_green(CHECK, facts.db.as_str(), "source and target are two primaries", found)
+    or_green(CHECK, facts.db.as_str(), well, found)
+}
+
+fn two_primaries(facts: &Facts, check: &str) -> Vec<Finding> {
+    let mut found = Vec::new();
+    for (side, _) in sides(facts).into_iter().filter(|(_, cluster)| cluster.identity.in_recovery) {
+        let fix = format!("Name the primary in [{side}].dsn.");
+        found.push(Finding::red(check, side, "is a standby (in recovery)", fix));
+    }
+    let source = facts.source.identity.system_identifier;
+    if source == facts.target.identity.system_identifier {
+        let problem =
+            format!("has the source's system identifier {source}: it is the same server, or its physical copy");
+        let fix = "Name another server in [target].dsn; or, if it is a standby to be promoted, set replication.kind = 'physical'.";
+        found.push(Finding::red(check, "target", problem, fix));
+    }
+    found
+}
+
+fn primary_and_standby(facts: &Facts, check: &str) -> Vec<Finding> {
+    let (source, target) = (&facts.source.identity, &facts.target.identity);
+    let mut found = Vec::new();
+    if source.in_recovery {
+        let fix = "Name the primary in [source].dsn.";
+        found.push(Finding::red(check, "source", "is a standby (in recovery)", fix));
+    }
+    if source.system_identifier != target.system_identifier {
+        let problem = format!(
+            "is the server {}, the source {}: it can't be a standby of it",
+            target.system_identifier, source.system_identifier
+        );
+        let fix = "Name the source's standby in [target].dsn, or set replication.kind = 'logical'.";
+        found.push(Finding::red(check, "target", problem, fix));
+    } else if !target.in_recovery {
+        let problem = "is no standby (not in recovery): it is the source itself, or was promoted";
+        let fix = "Rebuild it as a standby of the source (pg_rewind, or pg_basebackup), or name the right server.";
+        found.push(Finding::red(check, "target", problem, fix));
+    }
+    found
 }
 
 pub(super) fn wal_level(facts: &Facts) -> Vec<Finding> {

@@ -7,15 +7,17 @@ use pgcutover_api::store::{Gate, GateForm, Identity, Member, Name};
 
 use super::checks;
 use crate::clusters::{
-    Extent, GateState, Lag, Position, PreparedTransaction, PublishedTable, Sequence, Setting, SlotState, Subscription,
-    TableFacts, TableKind, TableState,
+    Extent, GateState, Lag, Position, PreparedTransaction, PublishedTable, Receiver, Recovery, Sequence, Setting,
+    SlotState, Standby, Subscription, TableFacts, TableKind, TableState,
 };
 use crate::config::members::{Address, Unlisted};
 use crate::finding::{Finding, Level};
+use crate::preflight::attempts::Attempt;
 use crate::preflight::facts::{
-    Attempt, BouncerFacts, ClusterFacts, Control, Facts, Limits, LoginRole, LoginVerdict, OidChange, ProxyBackend,
-    ProxyFacts, ReplicationFacts, Session, StoreFacts, Verdict, Verifiers, Watched,
+    BouncerFacts, ClusterFacts, Control, Facts, Limits, LoginRole, LoginVerdict, OidChange, ProxyBackend, ProxyFacts,
+    ReplicationFacts, Session, StoreFacts, Verdict, Verifiers, Watched,
 };
+use crate::preflight::standby::{Holds, Neighbour, StandbyFacts};
 use crate::preflight::types::{Kind, Rank, TypeFacts, TypeName, Types};
 
 fn table(name: &str) -> TableFacts {
@@ -135,6 +137,7 @@ fn healthy() -> Facts {
         db: Name::new("app").unwrap(),
         source: cluster(1, 130_023),
         target: cluster(2, 170_010),
+        standby: None,
         replication: ReplicationFacts {
             subscriptions: vec![subscription],
             states: vec![state],
@@ -458,4 +461,86 @@ fn strangers_and_proxies_that_could_not_follow_are_seen() {
         [(Level::Red, "members"); 2]
     );
     assert_eq!(with(|f| f.members.extend([member("two", 60_000), member("one", 900)])), []);
+}
+
+/// The same cluster, followed by a standby.
+fn standing_by(fault: impl FnOnce(&mut Facts, &mut StandbyFacts)) -> impl FnOnce(&mut Facts) {
+    move |facts| {
+        let receiver =
+            Receiver { status: Some("streaming".to_owned()), slot: Some("standby".to_owned()), timeline: Some(1) };
+        let standby = Standby {
+            recovery: Recovery::Replaying,
+            replayed: None,
+            delay_ms: 0,
+            may_promote: true,
+            followers: 0,
+            receiver: Some(receiver),
+        };
+        let mut of = StandbyFacts {
+            standby,
+            lag_bytes: 0,
+            sync_state: Some("async".to_owned()),
+            neighbours: vec![Neighbour { name: "postgres".to_owned(), holds: Holds::Nothing }],
+            subscriptions: Vec::new(),
+            logical_slots: Vec::new(),
+        };
+        facts.target = cluster(1, 130_023);
+        (facts.target.identity.in_recovery, facts.target.identity.timeline) = (true, None);
+        facts.limits.way_back = false;
+        fault(facts, &mut of);
+        facts.standby = Some(of);
+    }
+}
+
+#[test]
+fn a_standby_that_could_not_take_over_is_seen() {
+    assert_eq!(with(standing_by(|_, _| ())), []);
+    let seen = |level, check, object, fault: fn(&mut Facts, &mut StandbyFacts)| {
+        gives(level, check, object, standing_by(fault));
+    };
+    seen(Level::Red, "identity", "source", |f, _| f.source.identity.in_recovery = true);
+    seen(Level::Red, "identity", "target", |f, _| f.target.identity.system_identifier = 2);
+    seen(Level::Red, "identity", "target", |f, of| {
+        f.target.identity.in_recovery = false;
+        of.standby.recovery = Recovery::Over;
+    });
+    seen(Level::Red, "streaming", "target", |f, _| f.target.identity.version_num = 140_001);
+    seen(Level::Red, "streaming", "target", |_, of| of.standby.receiver = None);
+    seen(Level::Red, "streaming", "target", |_, of| of.standby.recovery = Recovery::Paused);
+    seen(Level::Red, "streaming", "target", |_, of| of.standby.delay_ms = 1);
+    seen(Level::Red, "streaming", "target", |_, of| {
+        of.standby.receiver = of.standby.receiver.take().map(|receiver| Receiver { timeline: Some(2), ..receiver });
+    });
+    seen(Level::Yellow, "streaming", "target", |_, of| {
+        of.standby.receiver = of.standby.receiver.take().map(|receiver| Receiver { slot: None, ..receiver });
+    });
+    seen(Level::Red, "promotion", "role pgcutover", |_, of| of.standby.may_promote = false);
+    seen(Level::Red, "lag", "target", |_, of| of.lag_bytes = 1001);
+}
+
+#[test]
+fn what_a_promotion_would_leave_waiting_written_or_read_on_both_sides_is_seen() {
+    let seen = |level, check, object, fault: fn(&mut Facts, &mut StandbyFacts)| {
+        gives(level, check, object, standing_by(fault));
+    };
+    let waits: fn(&mut Facts) = |f| "standby".clone_into(&mut f.source.synchronous_standby_names);
+    assert_eq!(with(standing_by(|f, _| waits(f))), [], "commits that wait for another one");
+    for state in [None, Some("sync"), Some("quorum"), Some("potential")] {
+        gives(
+            Level::Red,
+            "synchronous_standby",
+            "source",
+            standing_by(|f, of| {
+                waits(f);
+                of.sync_state = state.map(str::to_owned);
+            }),
+        );
+    }
+    seen(Level::Red, "synchronous_standby", "target", |f, _| "x".clone_into(&mut f.target.synchronous_standby_names));
+    seen(Level::Red, "neighbours", "postgres", |_, of| of.neighbours[0].holds = Holds::Objects(1));
+    seen(Level::Red, "neighbours", "postgres", |_, of| of.neighbours[0].holds = Holds::Hidden("no".to_owned()));
+    seen(Level::Red, "feeds", "app.s", |_, of| of.subscriptions.push("app.s".to_owned()));
+    seen(Level::Yellow, "feeds", "cdc", |_, of| of.logical_slots.push("cdc".to_owned()));
+    seen(Level::Yellow, "unreplicated", "accounts", |f, _| f.source.tables[0].kind = TableKind::Unlogged);
+    seen(Level::Yellow, "unreplicated", "app", |f, _| f.source.large_objects = 1);
 }
