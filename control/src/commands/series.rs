@@ -1,7 +1,7 @@
 //! Several databases in one run: looked at all together, then moved one after the other.
 //!
-//! Invariant: nothing is moved before preflight has found nothing red for any of them; what does not end well ends the series, and
-//! whoever ran it is told which have moved and which have not. Each has its own run, journal and report.
+//! Invariant: nothing is moved before preflight has found nothing red for any of them; what does not end well ends the
+//! series, and whoever ran it is told which have moved and which have not. Each has its own run, journal and report.
 
 use crate::commands::cutover::Cutover;
 use crate::commands::{Context, interrupt, preflight};

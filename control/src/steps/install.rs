@@ -1,7 +1,7 @@
 //! Our tables, functions, rights and seeds on both servers.
 //!
-//! Invariant: the target first (a standby gets them by WAL): under FOR ALL TABLES the first row of a table that the target lacks stops replication for
-//! good. Installing again changes nothing that exists.
+//! Invariant: the target first (a standby gets them by WAL): under FOR ALL TABLES the first row of a table that the target
+//! lacks stops replication for good. Installing again changes nothing that exists.
 
 use crate::clusters::{ClusterError, Clusters};
 use crate::config::{Config, Replication};

@@ -1,6 +1,7 @@
 //! S2: the epoch is opened in the store, every proxy is paused at it with a lease, open transactions end.
 //!
-//! Invariant: the fleet is the one that was armed: names and members are looked up once more. The epoch is in the store and in the journal before the first PAUSE is sent (PROTOCOL R4).
+//! Invariant: the fleet is the one that was armed: names and members are looked up once more. The epoch is in the store and
+//! in the journal before the first PAUSE is sent (PROTOCOL R4).
 
 use std::time::Duration;
 

@@ -21,7 +21,7 @@ use crate::route::Active;
 /// How often a proxy reads the store of its active backend.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// How soon an ended lease that nobody could decide is asked about again.
+/// How soon an ended lease that nobody could decide is asked about again, and a drain looked after.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
 
 /// Watches one database until the process ends.
@@ -46,7 +46,7 @@ impl Database {
             let now = Instant::now();
             if now >= look_at {
                 self.look().await;
-                look_at = Instant::now() + LOOK;
+                look_at = Instant::now() + if self.is_draining() { ASK_AGAIN } else { LOOK };
             }
             self.abandon_outlived();
             self.sift_drafts();
@@ -64,6 +64,11 @@ impl Database {
                 () = &mut change => {}
             }
         }
+    }
+
+    /// Whether a pause of an epoch waits for open transactions: once they have ended a run waits to read that in the store.
+    fn is_draining(&self) -> bool {
+        self.site.gate.passes() > 0 && self.site.gate.pause().is_some_and(|pause| pause.epoch.is_some())
     }
 
     /// R9: one look at the active backend's store, and what follows from it.

@@ -6,7 +6,7 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use e2e::account::Account;
 use e2e::binaries::Binaries;
 use e2e::cluster::Commits;
@@ -14,7 +14,7 @@ use e2e::kept::Kept;
 use e2e::pair::{OTHER, Pair, PairOptions};
 use e2e::printer::{result, say};
 use e2e::product::Product;
-use e2e::program;
+use e2e::program::{self, Output};
 use e2e::run_dir::RunDir;
 use e2e::samples::Stalls;
 use e2e::shuttle::{Shuttle, Verdict};
@@ -57,12 +57,6 @@ struct Args {
     /// Keep data directories, logs and journals
     #[arg(long)]
     keep: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Output {
-    Text,
-    Json,
 }
 
 fn main() -> ExitCode {

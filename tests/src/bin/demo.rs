@@ -17,7 +17,7 @@ use e2e::control::{Finished, StepTime, steps};
 use e2e::ledger::Audit;
 use e2e::pair::{OTHER, PairOptions};
 use e2e::printer::{result, say};
-use e2e::program;
+use e2e::program::{self, Output};
 use e2e::run_dir::RunDir;
 use e2e::samples::{Stalls, csv, now_us};
 use e2e::stage::{Serving, Stage};
@@ -100,12 +100,6 @@ impl Pooling {
             Pooling::Mixed => clients / 2,
         }
     }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Output {
-    Text,
-    Json,
 }
 
 /// The last line of stdout with `--output json`.

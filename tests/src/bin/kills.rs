@@ -6,12 +6,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use e2e::binaries::Binaries;
 use e2e::control::Control;
 use e2e::kills::{Cell, OUTAGE, Outcome, Victim};
 use e2e::printer::{result, say};
-use e2e::program;
+use e2e::program::{self, Output};
 use futures_util::StreamExt;
 use serde_json::json;
 
@@ -41,15 +41,6 @@ struct Args {
     /// What goes to stdout
     #[arg(long, value_enum, default_value_t)]
     output: Output,
-}
-
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
-enum Output {
-    /// A table in Markdown.
-    #[default]
-    Text,
-    /// One line of JSON.
-    Json,
 }
 
 fn main() -> ExitCode {

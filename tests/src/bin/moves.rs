@@ -17,7 +17,7 @@ use e2e::bouncer::Bouncer;
 use e2e::moves::{Move, Moved, Way};
 use e2e::printer::{result, say};
 use e2e::product::Product;
-use e2e::program;
+use e2e::program::{self, Output};
 use e2e::run_dir::RunDir;
 use e2e::samples::Stalls;
 use serde::Serialize;
@@ -86,12 +86,6 @@ impl Ways {
             Ways::All => Way::ALL.to_vec(),
         }
     }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Output {
-    Text,
-    Json,
 }
 
 fn main() -> ExitCode {

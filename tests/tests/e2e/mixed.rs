@@ -245,7 +245,9 @@ async fn a_pause_outlives_its_keeper_and_a_persons_resume() {
     console.run("RESUME").await.unwrap();
     let keeper = mixed.kept.keeper.as_ref().unwrap();
     until("it is noticed", || async { keeper.stderr().contains("somebody resumed it: holding again") }).await;
-    mixed.until_row("NOT NULL").await;
+    // What is enrolled since says no earlier that it is paused than it is again.
+    let noticed = mixed.source().await.text("SELECT now()::text").await.unwrap().unwrap();
+    mixed.until_row(&format!("NOT NULL AND seen_at > '{noticed}'")).await;
     let finished = Mixed::goes_on(running).await;
     assert_eq!(finished.code, Some(DONE), "{}", finished.story());
     mixed.ends_without_error_on(TARGET).await;
