@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use bytes::BytesMut;
 use tokio::io::AsyncWriteExt;
 
+use crate::backend::ServerError;
 use crate::client::{Client, Order, State};
 use crate::config::PoolMode;
 use crate::gate::Permits;
@@ -294,10 +295,7 @@ impl Session {
                 let deadline = tokio::time::Instant::now() + OWN_STATEMENT;
                 // Not UTF-8: the server answers what it thinks of it.
                 let query = String::from_utf8_lossy(&query);
-                if let Err(error) = pooled.server.simple(&query, deadline).await {
-                    let report = Report::settings_refused(&error.to_string());
-                    return Err(Farewell::Refused(Box::new(report)));
-                }
+                pooled.server.simple(&query, deadline).await.map_err(|error| self.unfit(&error))?;
                 pooled.reported = Arc::new(self.own_view(pooled, &pooled.server.parameters));
             }
             (pooled.applied, pooled.is_reset) = (Arc::clone(wanted), false);
@@ -313,6 +311,18 @@ impl Session {
             self.told = Arc::clone(&pooled.reported);
         }
         Ok(())
+    }
+
+    /// Why a server connection could not be made to fit. One that broke is not the client's doing: nothing of its transaction
+    /// was sent.
+    fn unfit(&self, error: &ServerError) -> Farewell {
+        match error {
+            ServerError::Refused { .. } => Farewell::Refused(Box::new(Report::settings_refused(&error.to_string()))),
+            ServerError::Broken(_) | ServerError::Timeout => {
+                self.pool.site.events.servers_lost.count();
+                Farewell::ServerGone(error.to_string())
+            }
+        }
     }
 
     /// Takes note of settings that changed while the client was served.

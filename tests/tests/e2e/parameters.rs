@@ -4,13 +4,14 @@
 
 use std::collections::BTreeMap;
 
+use e2e::faults::{Cut, Fault, FaultProxy};
 use e2e::pair::{APP, DATABASE, SOURCE, TARGET, password};
 use e2e::wire::Wire;
 use postgres_protocol::message::backend::Message;
 use tokio_postgres::NoTls;
 
 use crate::house::{House, errors, first_cell};
-use crate::stand::Stand;
+use crate::stand::{Stand, answered, eventually, sent};
 
 /// A query's answer and the parameters that were reported on the way.
 #[expect(clippy::wildcard_enum_match_arm, reason = "the driver's enum may grow; only reports are asked for")]
@@ -92,6 +93,29 @@ async fn reset_takes_a_client_back_to_its_startup_and_nobody_else_anywhere() {
         client.batch_execute(reset).await.unwrap();
         assert_eq!(other.text(shown).await.unwrap(), plain, "{reset}");
     }
+}
+
+/// Nothing of its transaction was sent, and what it had asked for was right: it may try again.
+#[tokio::test]
+async fn a_server_that_dies_while_settings_are_said_again_is_an_error_that_can_be_retried() {
+    let mut stand = Stand::start(&[17], |options, _| options.setting("default_pool_size", 1)).await;
+    let relay = FaultProxy::start(stand.servers[0].port()).await.unwrap();
+    stand.proxy.options().backend_port(SOURCE, relay.port());
+    stand.proxy.write().unwrap();
+    stand.ask("RELOAD").await;
+    let (client, other) = (stand.client().await, stand.client().await);
+    client.run("SET TimeZone = 'CET'").await.unwrap();
+    assert_ne!(other.text("SHOW TimeZone").await.unwrap().unwrap(), "CET");
+    relay.set_both(Fault::Hold);
+    let answer = sent(client, "SELECT 1");
+    let serves = async || {
+        let pools = stand.ask("SHOW POOLS").await;
+        pools.iter().any(|pool| pool.get("user") == Some(APP) && pool.get("sv_active") == Some("1"))
+    };
+    eventually("the client has a server", serves).await;
+    relay.cut(Cut::Reset);
+    let error = answered(answer).await.unwrap_err();
+    assert_eq!((error.severity(), error.code().code()), ("FATAL", "08006"), "{error}");
 }
 
 #[tokio::test]
