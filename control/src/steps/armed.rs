@@ -3,7 +3,8 @@
 //! On a physical standby all of ours arrives by WAL.
 //!
 //! Invariant: no client waits for any of it longer than a lock attempt; everything stays when a run is refused, because the
-//! next run needs it and a no-op gate costs less than a microsecond a statement (`proxyctl objects remove` takes it away).
+//! next run needs it and a no-op gate costs less than a microsecond a statement (`proxyctl objects remove` takes it away). Only the
+//! connections to the target are closed then.
 
 use std::time::Duration;
 
@@ -188,8 +189,10 @@ fn unknown(proxy: &str, row: &PrepareRow) -> Finding {
     Finding::yellow("armed", format!("{proxy}: user {}", row.user), problem, fix)
 }
 
-/// Everything stays, see above; the heartbeat ends with the run.
-pub async fn undo(_scene: &Scene) -> Result<Undo, StepError> {
+/// Everything on the servers stays, see above, but for connections that nobody needs now; the heartbeat ends with the run.
+pub async fn undo(scene: &Scene) -> Result<Undo, StepError> {
+    // A proxy that does not answer keeps them until it is asked again, or ends: no client is served by them.
+    scene.fleet.each(|proxy| inspection::let_go(&scene.config, proxy)).await;
     Ok(Undo::Nothing)
 }
 

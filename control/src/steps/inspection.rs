@@ -11,7 +11,7 @@ use crate::clusters::{ClusterError, Clusters};
 use crate::config::{Config, Replication};
 use crate::finding::Finding;
 use crate::preflight::{self, Control, Inquiry, Limits, LoginVerdict, OidChange, ProxyBackend, ProxyFacts, Verdict};
-use crate::proxies::{Fleet, Proxy, ProxyError};
+use crate::proxies::{Fleet, Proxy, ProxyError, SHOW_DEADLINE};
 use crate::steps::{StepError, kept, paused, transplanted};
 
 /// One question of preflight: catalogues of thousands of tables take a second.
@@ -93,6 +93,15 @@ pub async fn prepare(config: &Config, proxy: &Proxy) -> Result<Vec<PrepareRow>, 
         connections: Some(config.policy.prewarm),
     });
     proxy.rows(&command, PREPARE).await
+}
+
+/// The proxy closes what it opened to the target: nobody is going there now.
+pub async fn let_go(config: &Config, proxy: &Proxy) -> Result<(), ProxyError> {
+    let database = config.database.clone();
+    let backends = proxy.backends(&database).await?;
+    let Some(active) = backends.into_iter().find(|row| bool::from(row.active)) else { return Ok(()) };
+    let command = Command::PrepareSwitch(PrepareSwitch { database, backend: active.backend, connections: None });
+    proxy.order_aside(&command, SHOW_DEADLINE).await.map(drop)
 }
 
 fn login(row: PrepareRow) -> LoginVerdict {

@@ -265,7 +265,7 @@ pub struct EpochPause {
 pub struct PrepareSwitch {
     /// The route name.
     pub database: String,
-    /// The backend to open connections to.
+    /// The backend to open connections to; the active one closes those that were opened to others.
     pub backend: String,
     /// How many in all; `None`: as many as are open on the active one.
     pub connections: Option<u32>,

@@ -49,7 +49,8 @@ pub trait Admin: Send + Sync {
     /// `RENEW db WITH (…)`.
     fn renew(&self, renew: Renew) -> impl Future<Output = Result<(), Refusal>> + Send;
 
-    /// `PREPARE SWITCH db TO backend`: a row per user, whatever became of it.
+    /// `PREPARE SWITCH db TO backend`: a row per user, whatever became of it; none for the active backend, which closes what
+    /// was parked.
     ///
     /// *Dropped before it is ready*: connections under way are dropped, those parked stay parked.
     fn prepare(&self, prepare: PrepareSwitch) -> impl Future<Output = Result<Vec<PrepareRow>, Refusal>> + Send;

@@ -117,7 +117,7 @@ impl Database {
         (kept.len(), kept.iter().filter(drafted).count())
     }
 
-    /// Closes the drafts: the backends are others.
+    /// Closes the drafts: the backends are others, or no switch is to come.
     pub(super) fn drop_drafts(&self) {
         lock(&self.drafts).clear();
     }

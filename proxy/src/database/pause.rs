@@ -332,7 +332,7 @@ impl Database {
         Refusal::new(Why::WrongState, format!("the pause of {} was ended before it was complete", self.name()))
     }
 
-    fn held_by(&self, pause: &Pause) -> Refusal {
+    pub(super) fn held_by(&self, pause: &Pause) -> Refusal {
         match pause.claim() {
             Some(claim) => Refusal::new(Why::WrongState, format!("database {} is paused by {claim}", self.name()))
                 .with_hint("RESUME … WITH its run and epoch, or WITH (force) if you know better"),

@@ -73,16 +73,20 @@ impl SwitchedBy {
 }
 
 impl Database {
-    /// Opens connections to a backend, for each user as many as it has now; a verdict per user.
+    /// Opens connections to a backend, for each user as many as it has now; a verdict per user. For the active backend none are
+    /// needed, and those that were opened to others are closed.
     ///
     /// # Errors
-    /// No such backend.
+    /// No such backend; or it is the active one, and an epoch holds the gate, which may be about to switch.
     pub async fn prepare(
         self: &Arc<Self>,
         prepare: &PrepareSwitch,
     ) -> Result<Vec<(Arc<Pool>, pool::Verdict)>, Refusal> {
         let endpoint = self.endpoint(&prepare.backend).ok_or_else(|| self.unknown_backend(&prepare.backend))?;
         let now = self.site.route.active();
+        if *now.backend == *prepare.backend {
+            return self.stay().map(|()| Vec::new());
+        }
         let target =
             Active { backend: prepare.backend.as_str().into(), endpoint, epoch: now.epoch, generation: now.generation };
         let pools = self.pools();
@@ -105,6 +109,16 @@ impl Database {
             tracing::warn!(database = %self.name(), backend = %prepare.backend, %error, "no control connection to the target");
         }
         Ok(verdicts)
+    }
+
+    /// No switch is to come: what was opened for one closes.
+    fn stay(&self) -> Result<(), Refusal> {
+        if let Some(pause) = self.site.gate.pause().filter(|pause| pause.epoch.is_some()) {
+            return Err(self.held_by(&pause));
+        }
+        self.pools().iter().for_each(|pool| pool.unpark());
+        self.drop_drafts();
+        Ok(())
     }
 
     /// SWITCH: swaps the route; the gate stays shut until RESUME.

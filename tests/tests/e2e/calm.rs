@@ -9,6 +9,7 @@ use e2e::control::Running;
 use e2e::pair::{APP, DATABASE, SOURCE, SUBSCRIPTION, TARGET};
 use nix::sys::signal::Signal;
 
+use crate::rehearse::nobody_stays;
 use crate::theatre::{ABORTED, LIMIT, REFUSED, Theatre};
 
 /// What `plan --drift` ends with where something differs.
@@ -91,16 +92,22 @@ async fn what_differs_from_what_is_declared_is_named_and_has_its_exit_code() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_heartbeat_that_stays_away_is_named_before_anybody_is_held() {
+async fn a_heartbeat_that_stays_away_is_named_before_anybody_is_held_and_nothing_stays_open() {
     let theatre = Theatre::open(1).await;
     let target = theatre.stage.pair.target.superuser(DATABASE).await.unwrap();
+    let preflight = theatre.stage.control.run(&["preflight"], LIMIT).await.unwrap();
+    assert_eq!(preflight.code, Some(0), "{}", preflight.story());
+    nobody_stays(&theatre.stage).await;
     let running = theatre.stage.control.spawn(&["cutover", "--hold-at", "before:calm"]).unwrap();
     until_said(&running, "held before:calm").await;
     target.run(&format!("ALTER SUBSCRIPTION {SUBSCRIPTION} DISABLE")).await.unwrap();
     target.until("SELECT NOT EXISTS (SELECT FROM pg_stat_subscription WHERE pid IS NOT NULL)", LIMIT).await.unwrap();
+    let opened = format!("SELECT count(*) FROM pg_stat_activity WHERE usename = '{APP}'");
+    assert!(target.number(&opened).await.unwrap() > 0, "nothing was opened for the switch");
     running.signal(Signal::SIGUSR1).unwrap();
     let finished = running.wait(LIMIT).await.unwrap();
     assert_eq!(finished.code, Some(REFUSED), "{}", finished.story());
+    nobody_stays(&theatre.stage).await;
     let found = finished.json().unwrap()["findings"].to_string();
     assert!(found.contains("no heartbeat has arrived on the target for "), "{found}");
     target.run(&format!("ALTER SUBSCRIPTION {SUBSCRIPTION} ENABLE")).await.unwrap();

@@ -51,7 +51,7 @@ async fn traces(stage: &Stage) -> [String; 3] {
 }
 
 /// A server takes a moment to end a session whose client has gone.
-async fn nobody_stays(stage: &Stage) {
+pub(crate) async fn nobody_stays(stage: &Stage) {
     for (cluster, who) in [(&stage.pair.source, "{pgcutover}"), (&stage.pair.target, "{pgcutover,app,other}")] {
         let client = cluster.superuser(DATABASE).await.unwrap();
         client.until(&NOBODY.replace("$who", &format!("'{who}'")), LIMIT).await.unwrap();
