@@ -138,6 +138,24 @@ impl Bouncer {
         config.host("127.0.0.1").port(self.port()).user(user).password(password(user)).dbname(database);
         Client::connect(&config).await.with_context(|| format!("connecting to PgBouncer as {user}"))
     }
+
+    /// The cell of a row of a table of its console: of the row where column `row.0` is `row.1`.
+    ///
+    /// # Errors
+    /// It does not answer, or there is no such cell.
+    pub async fn shown(&self, show: &str, row: (&str, &str), column: &str) -> Result<String> {
+        let rows = self.connect(ADMIN, "pgbouncer").await?.rows(show).await?;
+        let found = rows.iter().find(|found| found.get(row.0) == Some(row.1)).and_then(|found| found.get(column));
+        Ok(found.with_context(|| format!("{show} has no {column} where {} is {}", row.0, row.1))?.to_owned())
+    }
+
+    /// The port of the server that it sends clients of the pair's database to.
+    ///
+    /// # Errors
+    /// As [`Bouncer::shown`].
+    pub async fn points_at(&self) -> Result<u16> {
+        Ok(self.shown("SHOW DATABASES", ("name", DATABASE), "port").await?.parse()?)
+    }
 }
 
 fn spawn(program: &Path, dir: &Path) -> Result<Process> {

@@ -5,19 +5,21 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use e2e::binaries::Binaries;
+use e2e::binaries::{Binaries, Network};
+use e2e::bouncer::Bouncer;
 use e2e::control::Control;
-use e2e::kills::{Cell, OUTAGE, Outcome, Victim};
+use e2e::kills::{AWAY, Cell, Kind, Members, OUTAGE, Outcome, Setting, Victim};
 use e2e::printer::{result, say};
 use e2e::program::{self, Output};
 use futures_util::StreamExt;
 use serde_json::json;
 
 /// Kills proxyctl, a proxy, the source, the target, or one proxy's network before and after every step of a cutover under
-/// load. What died is started again after a second and a half, proxyctl is not; nobody else intervenes. Each cell must end with every proxy on one
-/// side, and a ledger that adds up; the table has the side and the milliseconds from the kill until everybody serves.
+/// load. What died is started again after a second and a half, proxyctl is not, and a source that is gone stays away for longer than
+/// clients are held; nobody else intervenes. Each cell must end with everybody on one side, a ledger that adds up, and a loser that
+/// takes no writes; the table has the side and the milliseconds from the kill until everybody serves.
 ///
 /// Exit codes: 0 every cell ended well; 1 otherwise.
 #[derive(Debug, Parser)]
@@ -26,13 +28,22 @@ struct Args {
     /// Only these steps
     #[arg(long)]
     step: Vec<String>,
-    /// Only these victims: proxyctl, proxy, source, target, network
+    /// Only before, or only after
+    #[arg(long, value_parser = ["before", "after"])]
+    moment: Option<String>,
+    /// Only these victims: proxyctl, proxy, source, source-gone, target, network; with a PgBouncer proxyctl, pgbouncer, keeper
     #[arg(long)]
     victim: Vec<Victim>,
+    /// How the target follows the source
+    #[arg(long, value_enum, default_value_t)]
+    kind: Kind,
+    /// Who stands before the servers
+    #[arg(long, value_enum, default_value_t)]
+    members: Members,
     /// Cells at the same time
     #[arg(long, default_value_t = 2)]
     jobs: usize,
-    /// Major of the source
+    /// Major of the source, if it is not the target's own primary
     #[arg(long, default_value_t = 13)]
     from: u32,
     /// Major of the target
@@ -51,21 +62,38 @@ fn main() -> ExitCode {
 type Played = (Cell, Result<Outcome, String>);
 
 async fn matrix(args: &Args) -> Result<bool> {
-    let binaries = Binaries::of(&[args.from, args.to])?;
+    let setting = Setting { kind: args.kind, members: args.members, majors: (args.from, args.to) };
+    let binaries = match args.kind {
+        Kind::Logical => Binaries::of(&[args.from, args.to])?,
+        Kind::Physical => Binaries::of(&[args.to])?,
+    };
+    if args.members == Members::Pgbouncer {
+        Bouncer::installed(Network::from_env())?;
+    }
     let all = steps().await?;
+    let unknown = args.step.iter().find(|step| !all.contains(step));
+    ensure!(
+        unknown.is_none(),
+        "no step is called {}; there are {}",
+        unknown.map_or("", String::as_str),
+        all.join(", ")
+    );
     let steps: Vec<String> = all.into_iter().filter(|step| args.step.is_empty() || args.step.contains(step)).collect();
-    let victims: Vec<Victim> =
-        Victim::ALL.into_iter().filter(|victim| args.victim.is_empty() || args.victim.contains(victim)).collect();
+    let mut victims = setting.victims().to_vec();
+    victims.retain(|victim| args.victim.is_empty() || args.victim.contains(victim));
+    ensure!(!victims.is_empty(), "none of these victims is there");
+    let moments = ["before", "after"].into_iter();
+    let moments: Vec<_> = moments.filter(|moment| args.moment.as_ref().is_none_or(|only| only == moment)).collect();
     let cells = steps.iter().flat_map(|step| {
         let victims = &victims;
-        ["before", "after"].into_iter().flat_map(move |moment| {
+        moments.iter().flat_map(move |moment| {
             victims.iter().map(move |victim| Cell { step: step.clone(), moment, victim: *victim })
         })
     });
     let plays = cells.map(|cell| {
-        let binaries = &binaries;
+        let (binaries, setting) = (&binaries, &setting);
         async move {
-            let played = cell.play(binaries, (args.from, args.to)).await.map_err(|error| format!("{error:#}"));
+            let played = cell.play(binaries, setting).await.map_err(|error| format!("{error:#}"));
             say(told(&cell, &played));
             (cell, played)
         }
@@ -77,7 +105,9 @@ async fn matrix(args: &Args) -> Result<bool> {
     }
     match args.output {
         Output::Text => result(table(&steps, &victims, &played)),
-        Output::Json => result(json!({ "outage_ms": OUTAGE.as_millis() as u64, "cells": lines(&played) })),
+        Output::Json => result(json!({
+            "setting": setting, "outage_ms": OUTAGE.as_millis() as u64, "away_ms": AWAY.as_millis() as u64, "cells": lines(&played),
+        })),
     }
     Ok(played.iter().all(|(_, played)| played.is_ok()))
 }
@@ -93,9 +123,10 @@ async fn steps() -> Result<Vec<String>> {
 fn told(cell: &Cell, played: &Result<Outcome, String>) -> String {
     match played {
         Ok(outcome) => {
-            let Outcome { side, service_ms, exit, client_errors, sqlstates, .. } = outcome;
+            let Outcome { side, service_ms, exit, client_errors, sqlstates, shed_ms, .. } = outcome;
             let exit = exit.map_or("killed".to_owned(), |exit| format!("exit {exit}"));
-            format!("{cell}: {side} after {service_ms} ms, {exit}, {client_errors} client errors {sqlstates:?}")
+            let shed = shed_ms.map_or(String::new(), |(least, most)| format!(", shed after {least}-{most} ms"));
+            format!("{cell}: {side} after {service_ms} ms, {exit}, {client_errors} client errors {sqlstates:?}{shed}")
         }
         Err(error) => format!("{cell}: FAILED: {error}"),
     }

@@ -146,15 +146,12 @@ impl Mixed {
     }
 }
 
-/// The cell of a row of a table of PgBouncer's console.
 async fn shown(bouncer: &Bouncer, show: &str, row: (&str, &str), column: &str) -> String {
-    let console = bouncer.connect(ADMIN, "pgbouncer").await.unwrap();
-    let rows = console.rows(show).await.unwrap();
-    rows.iter().find(|found| found.get(row.0) == Some(row.1)).unwrap().get(column).unwrap().to_owned()
+    bouncer.shown(show, row, column).await.unwrap()
 }
 
 async fn points_at(bouncer: &Bouncer) -> u16 {
-    shown(bouncer, "SHOW DATABASES", ("name", DATABASE), "port").await.parse().unwrap()
+    bouncer.points_at().await.unwrap()
 }
 
 fn red<'a>(json: &'a Json, object: &str) -> &'a Json {
