@@ -134,6 +134,10 @@ pub struct Server {
     pub generation: AtomicU64,
     /// Named statements prepared there for clients that share it.
     pub prepared: AtomicUsize,
+    /// Transactions begun on it.
+    transactions: AtomicU64,
+    /// Where they are added when it is gone.
+    begun: Arc<AtomicU64>,
     /// Cancel requests on their way to it.
     cancels: AtomicU32,
     cancelled: Notify,
@@ -332,6 +336,7 @@ impl Server {
         backend: &str,
         user: &[u8],
         database: &str,
+        begun: Arc<AtomicU64>,
     ) -> Arc<Self> {
         let peer = connection.stream.peer().ok();
         Arc::new(Self {
@@ -352,10 +357,23 @@ impl Server {
             client: AtomicU64::new(0),
             generation: AtomicU64::new(Self::PARKED),
             prepared: AtomicUsize::new(0),
+            transactions: AtomicU64::new(0),
+            begun,
             cancels: AtomicU32::new(0),
             cancelled: Notify::new(),
             in_doubt: AtomicBool::new(false),
         })
+    }
+
+    /// One more transaction. Only whoever has the connection counts, so this need not be one locked addition.
+    pub fn begin(&self) {
+        self.transactions.store(self.transactions() + 1, Ordering::Relaxed);
+    }
+
+    /// Transactions begun on it.
+    #[must_use]
+    pub fn transactions(&self) -> u64 {
+        self.transactions.load(Ordering::Relaxed)
     }
 
     /// Whether it waits for its backend to become active.
@@ -387,6 +405,12 @@ impl Server {
             }
             done.await;
         }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.begun.fetch_add(self.transactions(), Ordering::Relaxed);
     }
 }
 

@@ -9,6 +9,7 @@ mod link;
 mod lookup;
 mod names;
 mod pause;
+mod pauses;
 mod refusal;
 mod reload;
 mod switch;
@@ -19,6 +20,7 @@ mod writes;
 
 pub use blockers::Blocker;
 pub use lookup::Question;
+pub use pauses::Paused;
 pub use refusal::{Refusal, Why};
 pub use reload::Change;
 pub use switch::{Switched, SwitchedBy};
@@ -28,6 +30,7 @@ pub use watch::watch;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use pgcutover_api::epoch::Epoch;
@@ -39,7 +42,7 @@ use crate::backend::{Address, Cleartext, Login, Password, Secret};
 use crate::client::{Client, Clients};
 use crate::config;
 use crate::config::{Config, ProtocolVersion};
-use crate::gate::Gate;
+use crate::gate::{Gate, PauseId};
 use crate::message::Protocol;
 use crate::metrics::Events;
 use crate::parameters::Reported;
@@ -110,6 +113,9 @@ pub struct Database {
     /// Cleared by DISABLE.
     admits: AtomicBool,
     switches: Mutex<VecDeque<Switched>>,
+    pauses: Mutex<VecDeque<Paused>>,
+    /// The last pause under which no transaction was open any more, and since when.
+    drained: Mutex<Option<(PauseId, Instant)>>,
     links: Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<Link>>>>,
     lookups: Lookups,
     /// What each backend said of itself, when its control login last read it.
@@ -168,6 +174,8 @@ impl Database {
             errands: Errands::default(),
             leaving: Leaving::default(),
             statements: Cache::new(Arc::clone(&process.statements)),
+            holds: ArcSwap::default(),
+            begun: Mutex::default(),
         });
         Ok(Arc::new(Self {
             site,
@@ -178,6 +186,8 @@ impl Database {
             pools: Mutex::default(),
             admits: AtomicBool::new(true),
             switches: Mutex::default(),
+            pauses: Mutex::default(),
+            drained: Mutex::default(),
             links: Mutex::default(),
             lookups: Lookups::default(),
             identities: Mutex::default(),

@@ -13,9 +13,11 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
+mod holds;
 pub(crate) mod names;
 mod page;
 
+pub use holds::{Felt, Holds};
 pub use names::{Kind, METRICS, Metric};
 pub use page::{Reading, page};
 

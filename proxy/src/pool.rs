@@ -11,35 +11,34 @@ mod leaving;
 mod limits;
 mod prewarm;
 mod refusal;
+mod site;
 
 pub use connection::{Place, Pooled};
 pub use errand::{Errand, Errands, Probed, Successor};
 pub use leaving::Leaving;
 pub use limits::Tally;
 pub use prewarm::{Prewarmed, Standing, Verdict};
+pub use site::Site;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::num::NonZeroU64;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use tokio::sync::oneshot;
-use tokio_util::task::TaskTracker;
 
 use crate::backend;
 use crate::backend::{ConnectError, Login};
 use crate::client::Server;
-use crate::config::Config;
-use crate::gate::{Gate, Pass};
-use crate::metrics::Events;
+use crate::gate::Pass;
 use crate::parameters::{Reported, Settings};
 use crate::pool::refusal::{no_server, refused};
 use crate::relay::ShutSignal;
 use crate::report::Report;
-use crate::route::{Active, Route};
-use crate::statements::{Cache, Shelf};
+use crate::route::Active;
+use crate::statements::Shelf;
 use crate::tracker::Tracker;
 
 /// How many tickets a waiter on the releasing worker may overtake, as a multiple of the pool's size.
@@ -50,51 +49,6 @@ const NEWCOMERS: u64 = 1 << 62;
 
 /// Where housekeeping runs.
 const MAIN_THREAD: usize = 0;
-
-/// What all pools of one database share.
-pub struct Site {
-    /// The route's name.
-    pub database: Box<str>,
-    /// Which backend is active.
-    pub route: Route,
-    /// Whether transactions may begin.
-    pub gate: Arc<Gate>,
-    /// The running configuration.
-    pub config: Arc<ArcSwap<Config>>,
-    /// Where tasks are spawned, so that a shutdown can wait for them.
-    pub tasks: TaskTracker,
-    /// The next id of a client or server.
-    pub ids: Arc<AtomicU64>,
-    /// What happened, for the exporter.
-    pub events: Arc<Events>,
-    /// Server connections of the database, over all its pools.
-    pub connections: Arc<Tally>,
-    /// Every server connection, for SHOW SERVERS.
-    pub servers: Mutex<BTreeMap<u64, Weak<Server>>>,
-    /// What sessions are asked to do.
-    pub errands: Errands,
-    /// Connections that sessions have left.
-    pub leaving: Leaving,
-    /// Texts of the named statements of its transaction-pooled clients.
-    pub statements: Cache,
-}
-
-impl Site {
-    /// Every server connection that is still there.
-    pub fn servers(&self) -> Vec<Arc<Server>> {
-        let mut servers = lock(&self.servers);
-        servers.retain(|_, server| server.strong_count() > 0);
-        servers.values().filter_map(Weak::upgrade).collect()
-    }
-
-    /// Server connections of a former generation: each closes when next at rest.
-    pub fn retired(&self) -> Vec<Arc<Server>> {
-        let now = self.route.generation();
-        let mut servers = self.servers();
-        servers.retain(|server| server.generation.load(Ordering::Relaxed) < now);
-        servers
-    }
-}
 
 /// The pool of one user of one database.
 pub struct Pool {
@@ -392,6 +346,7 @@ impl Pool {
             &active.backend,
             &login.user,
             &self.site.database,
+            self.site.begun_on(&active.backend),
         );
         lock(&self.site.servers).insert(id, Arc::downgrade(&shared));
         let initial = Arc::new(server.parameters.clone());

@@ -200,6 +200,7 @@ impl Session {
         // From here on a cancel finds the server, and hits no statement of ours. In this order: one that finds the client
         // active finds its server too.
         self.client.link(&lease.pooled.shared);
+        lease.pooled.shared.begin();
         self.client.enter(State::Active, begun_at);
         if self.client.take(Order::Cancel) && self.cancelled(&mut down).await? {
             return Ok((lease, End::Rest, Moved::default()));

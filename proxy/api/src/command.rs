@@ -177,6 +177,8 @@ words! {
         Sessions = "SESSIONS",
         /// The last switches.
         Switches = "SWITCHES",
+        /// The pauses that are over.
+        Pauses = "PAUSES",
     }
 }
 
@@ -362,7 +364,7 @@ impl Command {
             | Self::Renew(_) => false,
             Self::Show(Show::Blockers(_)) => false,
             Self::Show(Show::Table(table)) => {
-                !matches!(table, Table::Gates | Table::Backends | Table::Sessions | Table::Switches)
+                !matches!(table, Table::Gates | Table::Backends | Table::Sessions | Table::Switches | Table::Pauses)
             }
             Self::Show(Show::Setting(_))
             | Self::Set { .. }

@@ -420,6 +420,8 @@ rows! {
         idle: u32,
         /// Of these opened by PREPARE SWITCH.
         prewarmed: u32,
+        /// Transactions begun on it since the start.
+        transactions: u64,
         /// Empty until the first connection.
         server_version: String,
         /// The cluster's system identifier, empty until the control login read it.
@@ -508,6 +510,32 @@ rows! {
         held_clients: u32,
         /// From the gate's shutting to its opening; NULL: still shut.
         pause_ms: Option<Duration>,
+    }
+
+    /// SHOW PAUSES: one row per pause that is over, since the start; the last ones, if there were many.
+    PauseRow {
+        /// The route name.
+        database: String,
+        /// When the gate was shut.
+        at: SystemTime,
+        /// Who paused it: the run of an epoch pause, `user@address` of the admin otherwise.
+        owner: String,
+        /// The run of an epoch pause.
+        run: Option<RunId>,
+        /// Its epoch.
+        epoch: Option<Epoch>,
+        /// From the gate's shutting until no transaction was open; NULL: it did not come to that.
+        drain_ms: Option<Duration>,
+        /// From the gate's shutting to its opening.
+        pause_ms: Duration,
+        /// Clients that waited when it opened.
+        held_clients: u32,
+        /// Transactions that it held and that were let go, or given up, so far.
+        holds: u32,
+        /// Half of these were held no longer than this, to within an eighth; NULL: none was held.
+        held_us_p50: Option<u64>,
+        /// The longest.
+        held_us_max: Option<u64>,
     }
 
     /// TRANSPLANT: one row per session that keeps its server; all are moved or none.

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use pgcutover_api::command::{PauseWith, PrepareSwitch, Renew, ResumeWith, Scope, Shutdown, Switch, Transplant};
 use pgcutover_api::rows::{
-    BackendRow, BlockerRow, GateRow, PoolMode, PrepareRow, SessionRow, SwitchRow, TransplantRow, YesNo,
+    BackendRow, BlockerRow, GateRow, PauseRow, PoolMode, PrepareRow, SessionRow, SwitchRow, TransplantRow, YesNo,
 };
 
 use crate::message::Replication;
@@ -132,6 +132,9 @@ pub trait Admin: Send + Sync {
 
     /// The switches since the start, the oldest first.
     fn switches(&self) -> impl Future<Output = Vec<SwitchRow>> + Send;
+
+    /// The pauses that are over, the oldest first.
+    fn pauses(&self) -> impl Future<Output = Vec<PauseRow>> + Send;
 }
 
 /// Who sits at a console.

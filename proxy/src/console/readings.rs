@@ -75,12 +75,13 @@ fn gate(row: &GateRow) -> Vec<Reading> {
     readings
 }
 
-fn backend(row: &BackendRow) -> [Reading; 3] {
+fn backend(row: &BackendRow) -> [Reading; 4] {
     let reading = |metric| Reading::new(metric).label("database", &row.database).label("backend", &row.backend);
     [
         reading(&names::BACKEND_ACTIVE).count(one_if(row.active)),
         reading(&names::BACKEND_SERVERS).count(row.connections.into()),
         reading(&names::BACKEND_PREWARMED).count(row.prewarmed.into()),
+        reading(&names::BACKEND_TRANSACTIONS).count(row.transactions),
     ]
 }
 

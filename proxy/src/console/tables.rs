@@ -71,6 +71,7 @@ pub(super) async fn table<A: Admin>(table: Table, admin: &A) -> Sheet {
         Table::Backends => Sheet::of(&admin.backends().await),
         Table::Sessions => Sheet::of(&admin.sessions().await),
         Table::Switches => Sheet::of(&admin.switches().await),
+        Table::Pauses => Sheet::of(&admin.pauses().await),
         // Answered with a notice and with a refusal.
         Table::Help | Table::Fds => Sheet::new("", &[], []),
     }

@@ -127,7 +127,12 @@ impl Database {
     pub(super) async fn drain(&self, id: PauseId) -> Drained {
         loop {
             tokio::select! {
-                drained = self.site.gate.drained(id) => return drained,
+                drained = self.site.gate.drained(id) => {
+                    if drained == Drained::Yes {
+                        self.note_drained(id);
+                    }
+                    return drained;
+                }
                 // reason: lock waits have no event; ended by the drain or its deadline.
                 () = tokio::time::sleep(LOCK_LOOK) => self.let_lock_owners_through(id).await,
             }
@@ -174,7 +179,7 @@ impl Database {
     async fn give_up(self: &Arc<Self>, id: PauseId) {
         match self.site.gate.pause().filter(|pause| pause.id == id).and_then(|pause| pause.epoch) {
             None => {
-                self.site.gate.open(id);
+                self.lift(id);
             }
             Some(_) => {
                 self.site.gate.end_lease(id, Instant::now());
@@ -304,9 +309,8 @@ impl Database {
 
     /// Opens the gate if this pause still holds it, and completes the record of a switch made under it.
     pub(super) fn open(&self, pause: &Pause) -> bool {
-        if !self.site.gate.open(pause.id) {
-            return false;
-        }
+        let held = self.site.gate.held();
+        let Some(holds) = self.lift(pause.id) else { return false };
         self.abandon_outlived();
         if pause.epoch.is_some() {
             // Adopted where the switch took place; where it did not, its connections must not stay on the target.
@@ -316,6 +320,7 @@ impl Database {
         if let Some(last) = lock(&self.switches).back_mut().filter(|last| last.pause.is_none()) {
             last.pause = Some(pause_ms);
         }
+        self.note_over(pause, held, holds);
         tracing::info!(database = %self.name(), owner = %pause.owner, ?pause_ms, "resumed");
         true
     }
@@ -376,7 +381,7 @@ impl Undo<'_> {
 impl Drop for Undo<'_> {
     fn drop(&mut self) {
         if let Some(id) = self.id {
-            self.database.site.gate.open(id);
+            self.database.lift(id);
         }
     }
 }

@@ -49,7 +49,7 @@ impl Database {
 
     /// Ends the pause of writes, if there is one.
     pub(super) fn release_writes(&self) -> bool {
-        let Some(pause) = self.site.gate.writes().filter(|pause| self.site.gate.open(pause.id)) else { return false };
+        let Some(pause) = self.site.gate.writes().filter(|pause| self.lift(pause.id).is_some()) else { return false };
         let pause_ms = pause.since.elapsed();
         tracing::info!(database = %self.name(), owner = %pause.owner, ?pause_ms, "writes resumed");
         true

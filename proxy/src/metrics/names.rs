@@ -64,6 +64,7 @@ metrics! {
     BACKEND_ACTIVE = Gauge "backend_active", "1 for the backend that clients are on.";
     BACKEND_SERVERS = Gauge "backend_servers", "Connections to a backend.";
     BACKEND_PREWARMED = Gauge "backend_prewarmed", "Connections that PREPARE SWITCH parked.";
+    BACKEND_TRANSACTIONS = Counter "backend_transactions_total", "Transactions begun on a backend.";
     SWITCHES = Counter "switches_total", "Switches of a database since the start.";
     LAST_PAUSE_SECONDS = Gauge "last_pause_seconds", "From shutting to opening the gate of the last switch, in seconds.";
 

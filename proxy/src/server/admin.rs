@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use pgcutover_api::command::{Mode, PauseWith, PrepareSwitch, Renew, ResumeWith, Scope, Shutdown, Switch, Transplant};
-use pgcutover_api::rows::{BackendRow, BlockerRow, GateRow, PrepareRow, SessionRow, SwitchRow, TransplantRow, YesNo};
+use pgcutover_api::rows::{
+    BackendRow, BlockerRow, GateRow, PauseRow, PrepareRow, SessionRow, SwitchRow, TransplantRow, YesNo,
+};
 use tokio::sync::watch;
 
 use crate::client::{Order, Server};
@@ -279,6 +281,16 @@ impl Admin for Operator {
         let of = |database: &Database| {
             let row = |switched| rows::switch(database, switched);
             database.switches().into_iter().map(row).collect::<Vec<_>>()
+        };
+        let mut rows = self.each(of);
+        rows.sort_by_key(|row| row.at);
+        rows
+    }
+
+    async fn pauses(&self) -> Vec<PauseRow> {
+        let of = |database: &Database| {
+            let row = |paused| rows::pause(database, paused);
+            database.pauses().into_iter().map(row).collect::<Vec<_>>()
         };
         let mut rows = self.each(of);
         rows.sort_by_key(|row| row.at);

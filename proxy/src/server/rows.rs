@@ -9,8 +9,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use pgcutover_api::command::Mode;
 use pgcutover_api::rows::{
-    BackendRow, BlockerReason, BlockerRow, Fate, GateRow, GateState, PoolMode, PrepareRow, Prospect, SessionRow,
-    SessionState, SwitchHow, SwitchRow, TransplantRow, Verdict, YesNo,
+    BackendRow, BlockerReason, BlockerRow, Fate, GateRow, GateState, PauseRow, PoolMode, PrepareRow, Prospect,
+    SessionRow, SessionState, SwitchHow, SwitchRow, TransplantRow, Verdict, YesNo,
 };
 
 use crate::client::{Client, Look, Server, State};
@@ -20,7 +20,7 @@ use crate::connection::Door;
 use crate::console::{
     Census, ClientState, DatabaseRow, DnsRow, Forwards, Peer, PoolRow, ServerState, SocketRow, SocketState, UserRow,
 };
-use crate::database::{Blocker, Database, Moved, Switched, SwitchedBy, Transplanted};
+use crate::database::{Blocker, Database, Moved, Paused, Switched, SwitchedBy, Transplanted};
 use crate::message::Replication;
 use crate::parameters;
 use crate::pool;
@@ -276,6 +276,7 @@ pub(super) fn backends(database: &Database, config: &Config) -> Vec<BackendRow> 
     let row = |(name, settings): (String, Backend)| {
         let here = || servers.iter().filter(|server| *server.backend == *name);
         let is_active = *active.backend == *name;
+        let begun = database.site.begun_on(&name).load(Ordering::Relaxed);
         let identity = database.identity(&name);
         let version = identity.as_ref().map(|identity| version(identity.version_num));
         BackendRow {
@@ -290,6 +291,7 @@ pub(super) fn backends(database: &Database, config: &Config) -> Vec<BackendRow> 
             connections: count(here().count()),
             idle: count(here().filter(|server| linked(server).is_none()).count()),
             prewarmed: count(here().filter(|server| server.is_parked()).count()),
+            transactions: begun + here().map(|server| server.transactions()).sum::<u64>(),
             server_version: version.or_else(|| reported_version(database).filter(|_| is_active)).unwrap_or_default(),
             system_identifier: identity.as_ref().map(|i| i.system_identifier.to_string()).unwrap_or_default(),
             timeline: identity.and_then(|identity| identity.timeline),
@@ -424,6 +426,24 @@ pub(super) fn switch(database: &Database, switched: Switched) -> SwitchRow {
         },
         held_clients: switched.held,
         pause_ms: switched.pause,
+    }
+}
+
+pub(super) fn pause(database: &Database, paused: Paused) -> PauseRow {
+    let felt = paused.holds.felt();
+    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    PauseRow {
+        database: database.name().to_owned(),
+        at: paused.at,
+        owner: paused.claim.map_or(paused.owner, |claim| claim.run.to_string()),
+        run: paused.claim.map(|claim| claim.run),
+        epoch: paused.claim.map(|claim| claim.epoch),
+        drain_ms: paused.drain,
+        pause_ms: paused.pause,
+        held_clients: paused.held,
+        holds: felt.map_or(0, |felt| felt.count),
+        held_us_p50: felt.map(|felt| micros(felt.p50)),
+        held_us_max: felt.map(|felt| micros(felt.longest)),
     }
 }
 

@@ -41,6 +41,7 @@ impl Session {
         let budget = site.config.load().general.hold_budget;
         let id = self.client.who.id;
         let client = Arc::clone(&self.client);
+        let holds = site.holds.load_full();
         let enter = site.gate.enter(id, &client.turn, wants);
         let mut enter = Box::pin(tokio::time::timeout_at((asked_at + budget).into(), enter));
         let outcome = loop {
@@ -51,7 +52,9 @@ impl Session {
                 Attended::Errand => Box::pin(self.run_errand()).await?,
             }
         };
-        site.events.held.observe(asked_at.elapsed());
+        let held = asked_at.elapsed();
+        site.events.held.observe(held);
+        holds.observe(held);
         match outcome {
             Some(Ok(pass)) => Ok(Some(pass)),
             Some(Err(_)) => {

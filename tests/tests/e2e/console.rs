@@ -14,7 +14,7 @@ use tokio_postgres::error::DbError;
 use crate::house::{House, LIMIT, run, sqlstate, stderr, stdout, table, until};
 
 /// Every table that PgBouncer has, but FDS and MEM's like, and ours.
-const TABLES: [&str; 23] = [
+const TABLES: [&str; 24] = [
     "VERSION",
     "STATE",
     "DATABASES",
@@ -38,6 +38,7 @@ const TABLES: [&str; 23] = [
     "SESSIONS",
     "BLOCKERS",
     "SWITCHES",
+    "PAUSES",
 ];
 
 fn console_dsn(house: &House, user: &str) -> String {

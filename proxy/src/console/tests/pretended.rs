@@ -10,8 +10,8 @@ use std::time::{Duration, SystemTime};
 use pgcutover_api::command::{PauseWith, PrepareSwitch, Renew, ResumeWith, Scope, Shutdown, Switch, Transplant};
 use pgcutover_api::epoch::Epoch;
 use pgcutover_api::rows::{
-    BackendRow, BlockerRow, Fate, GateRow, GateState, PoolMode, PrepareRow, SessionRow, SwitchRow, TransplantRow,
-    Verdict, YesNo,
+    BackendRow, BlockerRow, Fate, GateRow, GateState, PauseRow, PoolMode, PrepareRow, SessionRow, SwitchRow,
+    TransplantRow, Verdict, YesNo,
 };
 use tokio::sync::Notify;
 
@@ -363,6 +363,10 @@ impl Admin for Pretended {
     }
 
     async fn switches(&self) -> Vec<SwitchRow> {
+        Vec::new()
+    }
+
+    async fn pauses(&self) -> Vec<PauseRow> {
         Vec::new()
     }
 }
