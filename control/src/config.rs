@@ -226,12 +226,17 @@ impl Config {
 
     /// Tells whether two runs of one version of proxyctl were asked the same, wherever the file lies. No secret goes into it.
     pub fn digest(&self) -> String {
-        use sha2::Digest;
         let asked = Config { path: PathBuf::new(), ..self.clone() };
-        let digest = sha2::Sha256::digest(format!("{asked:?}"));
-        // Enough to tell a handful of configurations apart by eye.
-        digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+        digest(&format!("{asked:?}"))
     }
+}
+
+/// Tells texts of configurations apart.
+pub fn digest(text: &str) -> String {
+    use sha2::Digest;
+    let digest = sha2::Sha256::digest(text);
+    // Enough to tell a handful of configurations apart by eye.
+    digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn read(path: &Path, text: &str) -> Checked<Config> {

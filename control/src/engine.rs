@@ -21,7 +21,7 @@ use crate::journal::JournalError;
 use crate::plan::{Goal, OnFailure, POINT_OF_NO_RETURN, Step};
 use crate::printer::Progress;
 use crate::state::Phase;
-use crate::steps::{self, Scene, StepError, Undo, decided};
+use crate::steps::{self, Scene, StepError, Undo, decided, evidence};
 
 /// Where a test kills the process, as kill -9 would.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -162,6 +162,7 @@ impl Engine {
         }
         let ending = self.ending();
         self.scene.heartbeat = None;
+        evidence::close(&mut self.scene).await;
         self.scene.journal.append([Event::Ended { ending }])?;
         Ok(ending)
     }
@@ -342,6 +343,7 @@ impl Engine {
                 self.undone(Step::Fenced, fenced)?;
             }
             self.undone(Step::Paused, paused)?;
+            evidence::resumed(&mut self.scene).await;
         }
         for step in other {
             let outcome = steps::undo(step, &self.scene).await;

@@ -21,11 +21,12 @@ use futures_util::future::join_all;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use pgcutover_api::command::{Command, Renew, Scope, Show, Table};
 use pgcutover_api::epoch::{Claim, Epoch, Lease};
-use pgcutover_api::rows::{BackendRow, BlockerRow, GateRow, Row, SessionRow, SwitchRow};
+use pgcutover_api::rows::{BackendRow, BlockerRow, GateRow, PauseRow, Row, SessionRow, SwitchRow};
 use tokio::sync::{Mutex, watch};
 use tokio::task::JoinSet;
 use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
 
+use crate::config;
 use crate::config::Endpoint;
 use crate::dial;
 
@@ -203,6 +204,24 @@ impl Proxy {
     pub async fn switches(&self, database: &str) -> Result<Vec<SwitchRow>, ProxyError> {
         let switches: Vec<SwitchRow> = self.table(Table::Switches).await?;
         Ok(switches.into_iter().filter(|switch| switch.database == database).collect())
+    }
+
+    /// The pauses of a database that are over, since the proxy started.
+    pub async fn pauses(&self, database: &str) -> Result<Vec<PauseRow>, ProxyError> {
+        let pauses: Vec<PauseRow> = self.table(Table::Pauses).await?;
+        Ok(pauses.into_iter().filter(|pause| pause.database == database).collect())
+    }
+
+    /// A digest of what it runs with: its keys, and the backends it declares.
+    pub async fn config_digest(&self) -> Result<String, ProxyError> {
+        let keys = self.order_aside(&Command::Show(Show::Table(Table::Config)), SHOW_DEADLINE).await?;
+        let backends: Vec<BackendRow> = self.table(Table::Backends).await?;
+        let keys = keys.iter().map(|row| format!("{:?}={:?}", row.get("key"), row.get("value")));
+        let backends = backends.iter().map(|row| {
+            let BackendRow { database, backend, host, port, dbname, user, sslmode, .. } = row;
+            format!("{database}.{backend}={host}:{port}/{dbname} {user} {sslmode}")
+        });
+        Ok(config::digest(&keys.chain(backends).collect::<Vec<_>>().join("\n")))
     }
 
     /// Who holds a drain open.

@@ -12,13 +12,19 @@ use crate::event::{Began, Decision, Ending, Event, Facts};
 use crate::finding::{Finding, Level};
 use crate::journal::Record;
 use crate::plan::{Goal, Step};
+use crate::report::lag::{Lag, Positions};
 use crate::report::prediction::Prediction;
+use crate::report::timeline::{Member, Moment, Table};
+use crate::report::traffic::Traffic;
 use crate::state::{Phase, State};
 
 pub mod html;
+pub mod lag;
 pub mod picture;
 pub mod prediction;
 pub mod samples;
+pub mod timeline;
+pub mod traffic;
 
 /// An observation the report folds: the moment the first PAUSE was sent.
 pub const PAUSE_SENT: &str = "pause_sent";
@@ -64,6 +70,14 @@ pub struct Report {
     pub prediction: Option<Prediction>,
     /// The steps that were begun, in order.
     pub steps: Vec<StepLine>,
+    /// What each member did and when; empty where nobody wrote it down.
+    pub members: Vec<Member>,
+    /// Where the log stood.
+    pub log: Option<Positions>,
+    /// How late replication was.
+    pub lag: Option<Lag>,
+    /// Where transactions went, before and after.
+    pub traffic: Option<Traffic>,
     /// What was found on the way, worst first.
     pub findings: Vec<Finding>,
     /// The journal's file.
@@ -78,7 +92,7 @@ pub struct Report {
     pub proxies: Vec<String>,
     /// Limits that were in force, milliseconds by name.
     pub budgets_ms: Vec<(String, u64)>,
-    /// Things seen on the way.
+    /// Things seen on the way that are told nowhere else.
     pub observations: Vec<Observation>,
 }
 
@@ -140,6 +154,7 @@ impl Report {
         report.target_version = report.version_of(TARGET);
         report.pause_ms = report.pause_us().map(|(from, to)| ms(to.saturating_sub(from)));
         report.prediction = if report.outcome == Ending::Rehearsed { Prediction::of(&report) } else { None };
+        report.evidence();
         report.findings.sort_by_key(|finding| std::cmp::Reverse(finding.level));
         report
     }
@@ -160,6 +175,10 @@ impl Report {
             pause_ms: None,
             prediction: None,
             steps: Vec::new(),
+            members: Vec::new(),
+            log: None,
+            lag: None,
+            traffic: None,
             findings: Vec::new(),
             journal: journal.to_owned(),
             report_html: None,
@@ -169,6 +188,23 @@ impl Report {
             budgets_ms: Vec::new(),
             observations: Vec::new(),
         }
+    }
+
+    /// What members and servers told on the way.
+    fn evidence(&mut self) {
+        self.members = timeline::members(self);
+        self.log = lag::positions(self);
+        self.lag = lag::lag(self);
+        self.traffic = traffic::traffic(self);
+        let serving = match self.outcome {
+            Ending::Committed | Ending::Unfinished => &self.target,
+            Ending::Aborted | Ending::Refused | Ending::Undecided | Ending::Rehearsed => &self.source,
+        };
+        let strays = self.traffic.iter().flat_map(|traffic| traffic::astray(traffic, serving));
+        self.findings.extend(strays);
+        let moments = Moment::ALL.map(Moment::what);
+        let others = [timeline::MEMBERS, timeline::HELD, timeline::TOLD, traffic::BEFORE, traffic::AFTER, lag::LAG];
+        self.observations.retain(|seen| !moments.iter().chain(&others).any(|what| seen.what == *what));
     }
 
     fn take(&mut self, record: &Record) {
@@ -326,6 +362,10 @@ impl fmt::Display for Report {
                 writeln!(f, "    {error}")?;
             }
         }
+        write!(f, "{}", Table(&self.members))?;
+        self.log.iter().try_for_each(|log| writeln!(f, "log: {}", log.words()))?;
+        self.lag.iter().try_for_each(|lag| writeln!(f, "{lag}"))?;
+        self.traffic.iter().try_for_each(|traffic| write!(f, "{traffic}"))?;
         for finding in self.findings.iter().filter(|finding| finding.level > Level::Green) {
             writeln!(f, "{finding}")?;
         }

@@ -34,6 +34,8 @@ pub mod switched;
 pub mod resumed;
 pub mod attached;
 pub mod heartbeat;
+pub mod curve;
+pub mod evidence;
 pub mod drift;
 pub mod inspection;
 pub mod reverse;
@@ -70,6 +72,8 @@ pub struct Scene {
     pub keepers: Option<Keepers>,
     /// Beats from `armed` on.
     pub heartbeat: Option<heartbeat::Heartbeat>,
+    /// What is written down for the report.
+    pub evidence: evidence::Evidence,
     /// Proxies that could not be reached when a broken-off run was taken up.
     pub absent: Vec<ProxyError>,
 }
@@ -92,6 +96,7 @@ impl Scene {
             leases: None,
             keepers: None,
             heartbeat: None,
+            evidence: evidence::Evidence::default(),
             absent: Vec::new(),
             config,
         }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
 
+use crate::config;
 use crate::config::Endpoint;
 use crate::config::members::Address;
 use crate::dial;
@@ -96,6 +97,23 @@ impl Console {
         row.and_then(|row| row.get("value"))
             .map(str::to_owned)
             .ok_or_else(|| ConsoleError::Answer(format!("it has no setting '{key}'")))
+    }
+
+    /// Transactions of a database since it was started.
+    pub async fn transactions(&self, database: &str) -> Result<u64, ConsoleError> {
+        let rows = self.ask("SHOW STATS").await?;
+        let row = rows.iter().find(|row| row.get("database") == Some(database));
+        // One that nobody has used yet has no row.
+        let Some(row) = row else { return Ok(0) };
+        let count = cell(row, "total_xact_count")?;
+        count.parse().map_err(|_| ConsoleError::Answer(format!("total_xact_count '{count}'")))
+    }
+
+    /// A digest of what it runs with: its settings. Where its databases point changes with every cutover.
+    pub async fn config_digest(&self) -> Result<String, ConsoleError> {
+        let rows = self.ask("SHOW CONFIG").await?;
+        let settings = rows.iter().map(|row| format!("{:?}={:?}", row.get("key"), row.get("value")));
+        Ok(config::digest(&settings.collect::<Vec<_>>().join("\n")))
     }
 
     /// Changes a setting until the next RELOAD.

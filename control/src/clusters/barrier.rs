@@ -6,7 +6,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::clusters::{BadCell, Cells, Cluster, ClusterError, Deadline};
+use crate::clusters::{BadCell, Cells, Cluster, ClusterError, Deadline, Lsn};
 
 /// Writers by their locks on gated tables. Waiting ones count too: DDL that waits has passed the event trigger already.
 /// Only apply workers are excepted; where their kind can't be read they count, which errs on the safe side.
@@ -24,6 +24,9 @@ const WRITERS: &str = "SELECT l.pid, l.mode, l.granted, n.nspname, c.relname, a.
 
 const PREPARED: &str = "SELECT p.gid, p.owner, (extract(epoch FROM clock_timestamp() - p.prepared) * 1000)::bigint AS age_ms \
     FROM pg_prepared_xacts p WHERE p.database = current_database() ORDER BY p.prepared LIMIT 100";
+
+/// The position behind the flip, which is on disk; it comes with the first look.
+const POSITION: &str = "SELECT pg_current_wal_flush_lsn() AS position";
 
 /// How often the locks are looked at: a look costs a fraction of this.
 const EVERY: Duration = Duration::from_millis(1);
@@ -75,6 +78,8 @@ pub struct PreparedTransaction {
 pub struct Passed {
     /// How long writers were waited for.
     pub waited: Duration,
+    /// The source's position when the fence was up.
+    pub position: Lsn,
 }
 
 /// Why the barrier was not passed.
@@ -105,9 +110,8 @@ impl Cluster {
     /// Call it after the flip is acknowledged.
     pub async fn barrier(&self, limit: Duration) -> Result<Passed, BarrierError> {
         let deadline = Deadline::after(limit);
+        let (position, mut writers) = self.first_look(deadline.left().max(EVERY * 100)).await?;
         loop {
-            // One more look is always taken, however late it is.
-            let writers = self.writers(deadline.left().max(EVERY * 100)).await?;
             let prepared_only = writers.iter().all(|writer| writer.pid.is_none());
             if prepared_only {
                 let prepared = self.prepared_transactions(deadline.left().max(EVERY * 100)).await?;
@@ -116,14 +120,26 @@ impl Cluster {
                 }
             }
             if writers.is_empty() {
-                return Ok(Passed { waited: deadline.elapsed() });
+                return Ok(Passed { waited: deadline.elapsed(), position });
             }
             if deadline.is_over() {
                 return Err(BarrierError::Writers { limit, writers });
             }
             // reason: pg_locks tells nobody when it changes; asked again within the deadline.
             tokio::time::sleep(EVERY).await;
+            // One more look is always taken, however late it is.
+            writers = self.writers(deadline.left().max(EVERY * 100)).await?;
         }
+    }
+
+    async fn first_look(&self, limit: Duration) -> Result<(Lsn, Vec<Writer>), ClusterError> {
+        const WHAT: &str = "barrier";
+        let answer = self.ask(WHAT, &format!("{POSITION}; {WRITERS}"), limit).await?;
+        let mut rows = answer.rows.iter().map(Cells);
+        let first = rows.next().ok_or_else(|| self.unreadable(WHAT, "no row came"))?;
+        let position = first.number("position").map_err(|problem| self.unreadable(WHAT, problem))?;
+        let writers = rows.map(|row| writer(&row)).collect::<Result<_, BadCell>>();
+        Ok((position, writers.map_err(|problem| self.unreadable(WHAT, problem))?))
     }
 
     /// Who has a writer's lock on a gated table now.

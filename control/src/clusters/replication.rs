@@ -165,6 +165,8 @@ pub struct Coverage {
 pub struct CaughtUp {
     /// The position of the source behind the sentinel.
     pub position: Lsn,
+    /// What the target had replayed by then: of several subscriptions the one that is least far.
+    pub replayed: Option<Lsn>,
     /// How long it took.
     pub waited: Duration,
     /// How often the sentinel had to be written again.
@@ -313,9 +315,9 @@ impl Clusters {
         let position = self.source.write_sentinel(db, token, deadline.left()).await?;
         let mut nudges = 0;
         loop {
-            let missing = self.not_arrived(db, token, position, of).await?;
+            let (missing, replayed) = self.not_arrived(db, token, position, of).await?;
             if missing.is_empty() {
-                return Ok(CaughtUp { position, waited: deadline.elapsed(), nudges });
+                return Ok(CaughtUp { position, replayed, waited: deadline.elapsed(), nudges });
             }
             if deadline.is_over() {
                 return Err(CatchUpError::Late { limit, missing });
@@ -333,24 +335,32 @@ impl Clusters {
         }
     }
 
-    async fn not_arrived(&self, db: &Name, token: &str, position: Lsn, of: &Feed) -> Result<Vec<String>, ClusterError> {
+    /// What has not arrived yet, and how far the target is, as far as that was asked.
+    async fn not_arrived(
+        &self,
+        db: &Name,
+        token: &str,
+        position: Lsn,
+        of: &Feed,
+    ) -> Result<(Vec<String>, Option<Lsn>), ClusterError> {
         // Each look is answered at once by a server that lives.
         const LOOK: Duration = Duration::from_millis(500);
         if self.target.sentinel(db, LOOK).await?.as_deref() != Some(token) {
-            return Ok(vec!["the sentinel".to_owned()]);
+            return Ok((vec!["the sentinel".to_owned()], None));
         }
         let of = match of {
             Feed::Subscriptions(of) => of,
             Feed::Wal => {
                 let replayed = self.target.replayed(LOOK).await?;
                 let late = replayed.is_none_or(|at| at < position);
-                return Ok(if late { vec![format!("position {position}")] } else { Vec::new() });
+                return Ok((if late { vec![format!("position {position}")] } else { Vec::new() }, replayed));
             }
         };
         let slots = self.source.slots(of, LOOK).await?;
         let arrived = |name: &str| slots.iter().any(|s| s.name == name && s.replayed.is_some_and(|at| at >= position));
         let late = of.iter().filter(|s| !s.slot.as_deref().is_some_and(arrived));
-        Ok(late.map(|s| format!("subscription {}", s.name)).collect())
+        let missing = late.map(|s| format!("subscription {}", s.name)).collect();
+        Ok((missing, slots.iter().filter_map(|slot| slot.replayed).min()))
     }
 
     /// Sees to it that sentinel and heartbeat are published and subscribed. Refuses to refresh a subscription that lacks

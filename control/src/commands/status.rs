@@ -9,13 +9,14 @@ use pgcutover_api::rows::GateRow;
 use pgcutover_api::store::{GateForm, Member, Name};
 use serde::Serialize;
 
-use crate::clusters::{Cluster, ClusterError, Role};
-use crate::commands::Context;
+use crate::clusters::{Cluster, ClusterError, Clusters, Role};
+use crate::commands::{Context, way_back};
 use crate::config::members::BouncerEntry;
 use crate::config::{Replication, Side};
 use crate::printer::Exit;
 use crate::proxies::{Proxy, ProxyError};
 use crate::roster;
+use crate::steps::reverse::{self, Way};
 use crate::steps::{STEP_DEADLINE, armed};
 
 #[derive(Serialize)]
@@ -26,6 +27,10 @@ struct Status {
     /// Who else has enrolled: nobody's entry stands for them.
     unlisted: Vec<Unlisted>,
     subscriptions: Vec<Subscription>,
+    /// None where there is none.
+    way_back: Option<way_back::State>,
+    /// Why it could not be looked at.
+    way_back_error: Option<String>,
 }
 
 #[derive(Serialize, Default)]
@@ -79,16 +84,20 @@ pub async fn run(context: &Context) -> anyhow::Result<Exit> {
     let source = Cluster::new(Role::Source, &config.source.endpoint);
     let target = Cluster::new(Role::Target, &config.target.endpoint);
     let (source_again, target_again) = (source.another(), target.another());
-    let (of_source, of_target, (proxies, unlisted), subscriptions) = tokio::join!(
+    let (of_source, of_target, (proxies, unlisted), subscriptions, way_back) = tokio::join!(
         server(&source, &config.source, &database),
         server(&target, &config.target, &database),
         everybody(context),
         lag(context, &source_again, &target_again),
+        back(context),
     );
     let whole =
         of_source.error.is_none() && of_target.error.is_none() && proxies.iter().all(|gate| gate.error.is_none());
     let servers = vec![of_source, of_target];
-    context.printer.data(&Status { database: config.database.clone(), servers, proxies, unlisted, subscriptions });
+    let database = config.database.clone();
+    let (way_back, way_back_error) =
+        way_back.map_or_else(|error| (None, Some(error.to_string())), |state| (state, None));
+    context.printer.data(&Status { database, servers, proxies, unlisted, subscriptions, way_back, way_back_error });
     Ok(if whole { Exit::Done } else { Exit::Unexpected })
 }
 
@@ -226,6 +235,14 @@ async fn lag(context: &Context, source: &Cluster, target: &Cluster) -> Vec<Subsc
     subscriptions.into_iter().map(line).collect()
 }
 
+async fn back(context: &Context) -> Result<Option<way_back::State>, ClusterError> {
+    let config = &context.config;
+    let clusters = Clusters::unconnected(&config.source.endpoint, &config.target.endpoint);
+    let Some(served) = reverse::served(config, &clusters).await? else { return Ok(None) };
+    let state = way_back::State::of(&Way::of(config, &clusters, served)).await?;
+    Ok(state.name.is_some().then_some(state))
+}
+
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let none = "-";
@@ -271,6 +288,7 @@ impl fmt::Display for Status {
             let lag = subscription.lag_bytes.map_or("unknown".to_owned(), |lag_bytes| format!("{lag_bytes} bytes"));
             writeln!(f, "subscription {}: {enabled}, lag {lag}", subscription.name)?;
         }
-        Ok(())
+        self.way_back.iter().try_for_each(|way_back| writeln!(f, "{way_back}"))?;
+        self.way_back_error.iter().try_for_each(|error| writeln!(f, "way back: ERROR: {error}"))
     }
 }

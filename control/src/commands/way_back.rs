@@ -7,7 +7,7 @@ use std::fmt;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
-use crate::clusters::Clusters;
+use crate::clusters::{ClusterError, Clusters};
 use crate::commands::Context;
 use crate::finding::Finding;
 use crate::printer::Exit;
@@ -38,14 +38,9 @@ struct Standing {
     database: String,
     /// The backend that serves by the last commit; none if there was none.
     serving: Option<String>,
-    /// Name of slot and subscription; none if there is no slot.
-    name: Option<String>,
-    /// Whether the old server has the subscription and reads the slot.
-    attached: bool,
-    /// WAL that is not applied on the old server yet; none while nobody reads.
-    lag_bytes: Option<i64>,
-    /// WAL that the slot keeps.
-    kept_bytes: Option<i64>,
+    /// Nothing of it if there is no slot.
+    #[serde(flatten)]
+    state: State,
     /// What was dropped just now.
     dropped: Vec<String>,
     findings: Vec<Finding>,
@@ -59,10 +54,7 @@ impl WayBack {
         let mut standing = Standing {
             database: config.database.clone(),
             serving: None,
-            name: None,
-            attached: false,
-            lag_bytes: None,
-            kept_bytes: None,
+            state: State::default(),
             dropped: Vec::new(),
             findings: Vec::new(),
         };
@@ -80,8 +72,8 @@ impl WayBack {
                     }
                 }
             }
-            look(&way, &mut standing).await?;
-            if self.work == Work::Attach && !standing.attached || !standing.findings.is_empty() {
+            standing.state = State::of(&way).await?;
+            if self.work == Work::Attach && !standing.state.attached || !standing.findings.is_empty() {
                 exit = Exit::Unfinished;
             }
         }
@@ -90,16 +82,50 @@ impl WayBack {
     }
 }
 
-async fn look(way: &Way<'_>, standing: &mut Standing) -> anyhow::Result<()> {
-    let Some(offer) = way.offer().await? else { return Ok(()) };
-    let there = way.other.0.all_subscriptions(STEP_DEADLINE).await?;
-    let own: Vec<_> = there.into_iter().filter(|subscription| subscription.name == offer.slot).collect();
-    let slots = way.serving.0.slots(&own, STEP_DEADLINE).await?;
-    standing.attached = !own.is_empty() && offer.is_active;
-    standing.lag_bytes = slots.first().and_then(|slot| slot.lag.applied_bytes);
-    standing.kept_bytes = offer.kept_bytes;
-    standing.name = Some(offer.slot);
-    Ok(())
+/// How the way back stands.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct State {
+    /// Name of slot and subscription; none if there is no slot.
+    pub name: Option<String>,
+    /// Whether the old server has the subscription and reads the slot.
+    pub attached: bool,
+    /// WAL that is not applied on the old server yet; none while nobody reads.
+    pub lag_bytes: Option<i64>,
+    /// WAL that the slot keeps.
+    pub kept_bytes: Option<i64>,
+}
+
+impl State {
+    /// Looks.
+    ///
+    /// # Errors
+    /// A server does not answer, or our login may not see its slots or subscriptions.
+    pub async fn of(way: &Way<'_>) -> Result<State, ClusterError> {
+        let Some(offer) = way.offer().await? else { return Ok(State::default()) };
+        let there = way.other.0.all_subscriptions(STEP_DEADLINE).await?;
+        let own: Vec<_> = there.into_iter().filter(|subscription| subscription.name == offer.slot).collect();
+        let slots = way.serving.0.slots(&own, STEP_DEADLINE).await?;
+        Ok(State {
+            attached: !own.is_empty() && offer.is_active,
+            lag_bytes: slots.first().and_then(|slot| slot.lag.applied_bytes),
+            kept_bytes: offer.kept_bytes,
+            name: Some(offer.slot),
+        })
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bytes = |bytes: Option<i64>| bytes.map_or("unknown".to_owned(), |bytes| format!("{bytes} bytes"));
+        let Some(name) = &self.name else { return f.write_str("way back: none") };
+        let attached = if self.attached { "attached" } else { "NOT ATTACHED" };
+        write!(
+            f,
+            "way back: {name}, {attached}, lag {}, keeps {} of WAL",
+            bytes(self.lag_bytes),
+            bytes(self.kept_bytes)
+        )
+    }
 }
 
 async fn drop_all(way: &Way<'_>, standing: &mut Standing) -> Result<(), StepError> {
@@ -143,18 +169,7 @@ impl fmt::Display for Standing {
             return write!(f, "{}: no cutover was ever committed", self.database);
         };
         writeln!(f, "{}: served by {serving}", self.database)?;
-        let bytes = |bytes: Option<i64>| bytes.map_or("unknown".to_owned(), |bytes| format!("{bytes} bytes"));
-        match &self.name {
-            None => writeln!(f, "way back: none")?,
-            Some(name) => {
-                let (attached, lag, kept) = (
-                    if self.attached { "attached" } else { "NOT ATTACHED" },
-                    bytes(self.lag_bytes),
-                    bytes(self.kept_bytes),
-                );
-                writeln!(f, "way back: {name}, {attached}, lag {lag}, keeps {kept} of WAL")?;
-            }
-        }
+        writeln!(f, "{}", self.state)?;
         self.dropped.iter().try_for_each(|dropped| writeln!(f, "  dropped: {dropped}"))?;
         self.findings.iter().try_for_each(|finding| writeln!(f, "{finding}"))
     }

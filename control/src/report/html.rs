@@ -10,6 +10,7 @@ use serde_json::Value;
 use crate::event::{Ending, Facts};
 use crate::finding::{Finding, Level};
 use crate::report::samples::Samples;
+use crate::report::timeline::{Kind, count, length};
 use crate::report::{Report, StepOutcome, picture};
 
 /// Writes the page to a file, whole or not at all.
@@ -46,6 +47,9 @@ pub fn page(report: &Report, samples: &Samples) -> String {
         add(&mut page, format_args!("<h2>Stall and steps</h2>\n{svg}\n"));
     }
     steps(&mut page, report);
+    members(&mut page, report);
+    traffic(&mut page, report);
+    lag(&mut page, report);
     findings(&mut page, "Worth knowing", report.findings.iter().filter(|finding| finding.level == Level::Yellow));
     observations(&mut page, report);
     budgets(&mut page, report);
@@ -84,6 +88,9 @@ fn head(page: &mut String, report: &Report) {
         ("Proxies", report.proxies.join(", ")),
         ("Run", run),
         ("Epoch", epoch),
+        ("Begun by", report.by.clone()),
+        ("Configuration", report.config.clone()),
+        ("Log", report.log.as_ref().map(|log| log.words()).unwrap_or_default()),
     ] {
         add(page, format_args!("<tr><th>{name}</th><td>{}</td></tr>\n", escape(&value)));
     }
@@ -128,6 +135,77 @@ fn steps(page: &mut String, report: &Report) {
         );
     }
     page.push_str("</table>\n");
+}
+
+fn members(page: &mut String, report: &Report) {
+    if report.members.is_empty() {
+        return;
+    }
+    page.push_str("<h2>Members</h2>\n<p class=\"small\">paused, switched, resumed: milliseconds from the first PAUSE to the answer; drain, shut and holds: as the member measured them</p>\n<table><tr>");
+    for title in [
+        "Member",
+        "Configuration",
+        "Paused",
+        "Drain",
+        "Switched",
+        "Resumed",
+        "Shut",
+        "Clients held: paused, switched, resumed",
+        "Half of the holds",
+        "Longest hold",
+        "",
+    ] {
+        add(page, format_args!("<th>{title}</th>"));
+    }
+    page.push_str("</tr>\n");
+    for member in &report.members {
+        let kind = if member.kind == Some(Kind::Pgbouncer) { "<br><span class=\"small\">PgBouncer</span>" } else { "" };
+        let config = member.config.as_deref().unwrap_or("-");
+        add(page, format_args!("<tr><td>{}{kind}</td><td><code>{}</code></td>", escape(&member.name), escape(config)));
+        let held = &member.held;
+        let clients = [held.paused, held.switched, held.resumed].map(count).join(", ");
+        let moments = [member.paused_ms, member.drain_ms, member.switched_ms, member.resumed_ms, member.shut_ms];
+        let cells = moments.map(length).into_iter().chain([clients, length(held.p50_ms), length(held.longest_ms)]);
+        cells.for_each(|cell| add(page, format_args!("<td class=\"n\">{cell}</td>")));
+        let not_read = member.not_read.as_ref().map(|why| format!("not read: {why}"));
+        let words = member.switched_by.clone().into_iter().chain(not_read).collect::<Vec<_>>().join("; ");
+        add(page, format_args!("<td>{}</td></tr>\n", escape(&words)));
+    }
+    page.push_str("</table>\n");
+}
+
+fn traffic(page: &mut String, report: &Report) {
+    let Some(traffic) = &report.traffic else { return };
+    page.push_str("<h2>Where traffic goes</h2>\n<table><tr><th>When</th><th>Member</th><th>Backend</th><th>Transactions</th><th>a second</th></tr>\n");
+    for (when, window) in [("before the pause", &traffic.before), ("after RESUME", &traffic.after)] {
+        let Some(window) = window else { continue };
+        let of_members = window
+            .transactions
+            .iter()
+            .flat_map(|(member, by_backend)| by_backend.iter().map(move |(backend, begun)| (member, backend, begun)));
+        for (member, backend, begun) in of_members {
+            let (member, backend) = (escape(member), escape(backend));
+            let (ms, rate) = (window.ms, window.per_second(*begun));
+            add(
+                page,
+                format_args!(
+                    "<tr><td>{when}, {ms:.0} ms</td><td>{member}</td><td>{backend}</td><td class=\"n\">{begun}</td><td class=\"n\">{rate:.0}</td></tr>\n"
+                ),
+            );
+        }
+    }
+    page.push_str("</table>\n");
+    for (member, why) in &traffic.not_read {
+        add(page, format_args!("<p class=\"small\">{}: not read: {}</p>\n", escape(member), escape(why)));
+    }
+}
+
+fn lag(page: &mut String, report: &Report) {
+    let Some(lag) = &report.lag else { return };
+    add(
+        page,
+        format_args!("<h2>Replication lag</h2>\n<p>{}</p>\n{}\n", escape(&lag.to_string()), picture::lag(report, lag)),
+    );
 }
 
 fn findings<'a>(page: &mut String, title: &str, findings: impl Iterator<Item = &'a Finding>) {

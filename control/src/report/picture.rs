@@ -8,6 +8,7 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 
 use crate::plan::Step;
+use crate::report::lag::Lag;
 use crate::report::samples::{Sample, Samples};
 use crate::report::{Report, StepLine, StepOutcome};
 
@@ -18,6 +19,8 @@ type Drawn = Result<(), DrawingAreaErrorKind<std::io::Error>>;
 const SIZE: (u32, u32) = (1100, 640);
 /// The upper part, for the clients.
 const CLIENTS_HEIGHT: u32 = 320;
+/// Of the picture of the lag.
+const LAG_HEIGHT: u32 = 220;
 /// Left of both axes, wide enough for the longest step name; equal, so that the time axes line up.
 const LEFT: u32 = 110;
 /// More dots than this make a page that browsers scroll badly.
@@ -34,12 +37,50 @@ pub fn draw(report: &Report, samples: &Samples) -> String {
             .and_then(|()| steps(&lower, report, &span))
             .and_then(|()| root.present())
     };
-    match drawn {
-        Ok(()) => svg,
-        Err(error) => {
-            format!("<!-- the picture could not be drawn: {} -->", crate::report::html::escape(&error.to_string()))
-        }
-    }
+    drawn.map_or_else(undrawn, |()| svg)
+}
+
+/// Draws the lag of replication over the run, with the steps as bands; the SVG element.
+pub fn lag(report: &Report, lag: &Lag) -> String {
+    let Some(held) = Span::of(report) else { return String::new() };
+    let at_ms: Vec<f64> = lag.points.iter().map(|point| held.ms(point.at_us)).collect();
+    let (Some(first_ms), Some(last_ms)) = (at_ms.first(), at_ms.last()) else { return String::new() };
+    // One beat alone has no length.
+    let span = Span { zero_us: held.zero_us, from_ms: *first_ms, to_ms: last_ms.max(first_ms + 1.0) };
+    let mut svg = String::new();
+    let drawn = {
+        let root = SVGBackend::with_string(&mut svg, (SIZE.0, LAG_HEIGHT)).into_drawing_area();
+        let points = at_ms.iter().zip(&lag.points).map(|(at_ms, point)| (*at_ms, point.lag_ms));
+        curve(&root, report, points, &span).and_then(|()| root.present())
+    };
+    drawn.map_or_else(undrawn, |()| svg)
+}
+
+fn curve(area: &Area<'_>, report: &Report, points: impl Iterator<Item = (f64, f64)> + Clone, span: &Span) -> Drawn {
+    let top_ms = points.clone().map(|point| point.1).fold(1.0, f64::max) * 1.1;
+    let mut chart = ChartBuilder::on(area)
+        .margin_right(20)
+        .set_label_area_size(LabelAreaPosition::Left, LEFT)
+        .set_label_area_size(LabelAreaPosition::Bottom, 40)
+        .build_cartesian_2d(span.from_ms..span.to_ms, 0.0..top_ms)?;
+    let mut mesh = chart.configure_mesh();
+    mesh.y_desc("lag, ms").light_line_style(WHITE).label_style(("sans-serif", 12));
+    mesh.x_desc("milliseconds since the pause began").draw()?;
+    chart.draw_series(bands(report, span, top_ms))?;
+    chart.draw_series(LineSeries::new(points, RGBColor(0, 119, 187).stroke_width(2)))?;
+    Ok(())
+}
+
+fn undrawn(error: DrawingAreaErrorKind<std::io::Error>) -> String {
+    format!("<!-- the picture could not be drawn: {} -->", crate::report::html::escape(&error.to_string()))
+}
+
+/// The steps that hold clients, each as high as the picture.
+fn bands<'a>(report: &'a Report, span: &'a Span, top_ms: f64) -> impl Iterator<Item = Rectangle<(f64, f64)>> + 'a {
+    report.steps.iter().filter(|step| step.name.holds_clients()).map(move |step| {
+        let (from, to) = edges(step, span);
+        Rectangle::new([(from, 0.0), (to, top_ms)], colour(step).mix(0.18).filled())
+    })
 }
 
 /// The stretch of time that is drawn.
@@ -89,11 +130,7 @@ fn clients(area: &Area<'_>, report: &Report, samples: &Samples, span: &Span) -> 
         .set_label_area_size(LabelAreaPosition::Bottom, 30)
         .build_cartesian_2d(span.from_ms..span.to_ms, 0.0..top_ms)?;
     chart.configure_mesh().y_desc("stall, ms").light_line_style(WHITE).label_style(("sans-serif", 12)).draw()?;
-    let bands = report.steps.iter().filter(|step| step.name.holds_clients());
-    chart.draw_series(bands.map(|step| {
-        let (from, to) = edges(step, span);
-        Rectangle::new([(from, 0.0), (to, top_ms)], colour(step).mix(0.18).filled())
-    }))?;
+    chart.draw_series(bands(report, span, top_ms))?;
     for (at, dots) in &dots {
         let hue = Palette99::pick(*at).mix(0.8);
         chart.draw_series(dots.iter().map(|dot| Circle::new(*dot, 2, hue.filled())))?;

@@ -21,7 +21,7 @@ use crate::report;
 use crate::roster;
 use crate::steps::heartbeat::Heartbeat;
 use crate::steps::{
-    STEP_DEADLINE, Scene, StepError, Undo, attached, caught_up, fenced, inspection, install, kept, way_back,
+    STEP_DEADLINE, Scene, StepError, Undo, attached, caught_up, evidence, fenced, inspection, install, kept, way_back,
 };
 
 /// One table takes milliseconds unless a writer sits on it; thousands of tables take a while.
@@ -53,12 +53,13 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     // Connected now, so that no login happens while clients are held.
     scene.decider.view(&scene.database, STEP_DEADLINE).await?;
     let travel = see_through(scene, &feed).await?;
-    scene.heartbeat = Some(Heartbeat::start(&scene.clusters, &scene.database));
+    scene.heartbeat = Some(Heartbeat::start(&scene.clusters, &scene.database, scene.evidence.lag.clone()));
     holds(&scene.config.budgets, &scene.fleet).await?;
     if certainty == Certainty::Watched {
         scene.catalogue = Some(scene.clusters.source.fingerprint(STEP_DEADLINE).await?);
     }
     let opened = prepare(scene).await?;
+    evidence::members(scene).await;
     Ok(Facts::new()
         .with("first_sentinel_ms", travel.as_secs_f64() * 1000.0)
         .with("connections_prepared", opened)

@@ -7,6 +7,7 @@ use crate::clusters::{CatchUpError, Feed, Recovery, Subscription};
 use crate::config::Replication;
 use crate::event::Facts;
 use crate::finding::Finding;
+use crate::report::lag::{REPLAYED_LSN, SENTINEL_LSN};
 use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo};
 
 /// Sends the sentinel and waits.
@@ -17,7 +18,8 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     match scene.clusters.catch_up(&scene.database, &token, &feed, limit).await {
         Ok(caught_up) => Ok(Facts::new()
             .with("sentinel", token)
-            .with("source_lsn", caught_up.position.to_string())
+            .with(SENTINEL_LSN, caught_up.position.to_string())
+            .with(REPLAYED_LSN, caught_up.replayed.map(|replayed| replayed.to_string()))
             .with("waited_ms", caught_up.waited.as_secs_f64() * 1000.0)
             .with("nudges", caught_up.nudges)),
         Err(error) => Err(explain(scene, &feed, &error).await),

@@ -8,13 +8,16 @@ use pgcutover_api::store::{GateForm, SQLSTATE_WRONG_EPOCH};
 use crate::clusters::{BarrierError, Ungated};
 use crate::event::Facts;
 use crate::finding::Finding;
+use crate::report::lag::FENCE_LSN;
 use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo};
 
 /// Flips, then waits.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     scene.clusters.source.flip(&scene.turn()?, STEP_DEADLINE).await?;
     let passed = scene.clusters.source.barrier(scene.config.budgets.barrier).await.map_err(|error| explain(&error))?;
-    Ok(Facts::new().with("barrier_ms", passed.waited.as_secs_f64() * 1000.0))
+    Ok(Facts::new()
+        .with("barrier_ms", passed.waited.as_secs_f64() * 1000.0)
+        .with(FENCE_LSN, passed.position.to_string()))
 }
 
 fn explain(error: &BarrierError) -> StepError {

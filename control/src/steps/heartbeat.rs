@@ -9,6 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use pgcutover_api::store::Name;
 
 use crate::clusters::{Cluster, Clusters};
+use crate::steps::curve::{Curve, Point};
 
 /// Between two beats.
 const EVERY: Duration = Duration::from_millis(100);
@@ -28,8 +29,8 @@ pub struct Heartbeat {
 }
 
 impl Heartbeat {
-    /// Begins, on connections of its own.
-    pub fn start(clusters: &Clusters, database: &Name) -> Heartbeat {
+    /// Begins, on connections of its own; each travel is a point of the curve.
+    pub fn start(clusters: &Clusters, database: &Name, curve: Arc<Mutex<Curve>>) -> Heartbeat {
         let travels = Arc::new(Mutex::new(VecDeque::new()));
         let heard = Arc::new(Mutex::new(Instant::now()));
         let beater = Beater {
@@ -38,6 +39,7 @@ impl Heartbeat {
             database: database.clone(),
             travels: travels.clone(),
             heard: heard.clone(),
+            curve,
         };
         Heartbeat { task: tokio::spawn(beater.run()), travels, heard }
     }
@@ -66,6 +68,7 @@ struct Beater {
     database: Name,
     travels: Arc<Mutex<VecDeque<Duration>>>,
     heard: Arc<Mutex<Instant>>,
+    curve: Arc<Mutex<Curve>>,
 }
 
 impl Beater {
@@ -74,33 +77,44 @@ impl Beater {
         let mut tick = tokio::time::interval(EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         // Microseconds since 1970: greater than any beat of an earlier run.
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let mut n = i64::try_from(since.as_micros()).unwrap_or_default();
+        let mut n = i64::try_from(now_us()).unwrap_or_default();
         loop {
             tick.tick().await;
             n += 1;
+            let at_us = now_us();
             let travel = self.travel(n).await;
+            // A beat that was never sent says nothing of replication.
+            if let Some(travel) = travel {
+                let lag_us = u64::try_from(travel.as_micros()).unwrap_or(u64::MAX);
+                self.curve.lock().unwrap_or_else(PoisonError::into_inner).push(Point { at_us, lag_us });
+            }
             let mut travels = self.travels.lock().unwrap_or_else(PoisonError::into_inner);
-            travels.push_back(travel);
+            travels.push_back(travel.unwrap_or(TRAVEL_MAX));
             if travels.len() > REMEMBERED {
                 travels.pop_front();
             }
         }
     }
 
-    async fn travel(&self, n: i64) -> Duration {
+    /// How long a beat took to arrive; `None` if the source did not take it.
+    async fn travel(&self, n: i64) -> Option<Duration> {
         let sent = Instant::now();
         if self.source.beat(&self.database, n, TRAVEL_MAX).await.is_err() {
-            return TRAVEL_MAX;
+            return None;
         }
         while sent.elapsed() < TRAVEL_MAX {
             if matches!(self.target.heard(&self.database, TRAVEL_MAX).await, Ok(Some(heard)) if heard >= n) {
                 *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
-                return sent.elapsed();
+                return Some(sent.elapsed());
             }
             // reason: the target tells nobody that the beat has arrived; looked at again within TRAVEL_MAX.
             tokio::time::sleep(LOOK).await;
         }
-        TRAVEL_MAX
+        Some(TRAVEL_MAX)
     }
+}
+
+fn now_us() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }

@@ -16,6 +16,7 @@ use crate::config::members::{BouncerEntry, Unleased};
 use crate::finding::Finding;
 use crate::preflight::{BouncerFacts, Watched};
 use crate::proxies::{Leases, ProxyError};
+use crate::report::timeline::Moment;
 use crate::roster;
 use crate::steps::{STEP_DEADLINE, Scene, StepError, switched};
 
@@ -130,9 +131,17 @@ async fn unheld(scene: &Scene, claim: Claim) -> Result<Option<&BouncerEntry>, St
         return Ok(None);
     }
     let members = scene.clusters.source.members(&scene.database, STEP_DEADLINE).await?;
+    note(scene, Moment::Paused, &members, |member| holds(member, claim));
     let name = missing(&scene.config, &members, |member| holds(member, claim)).next();
     let name = name.map(|entry| entry.name.clone());
     Ok(scene.config.bouncers.iter().find(|entry| Some(&entry.name) == name.as_ref()))
+}
+
+/// Takes note of the PgBouncers that are there: as seen from here, so up to a look late.
+fn note(scene: &Scene, moment: Moment, members: &[Member], is_there: impl Fn(&Member) -> bool) {
+    for member in members.iter().filter(|member| stands_for(&scene.config, member) && is_there(member)) {
+        scene.evidence.note(moment, &member.instance, scene.journal.now_us());
+    }
 }
 
 /// A keeper whose drain took too long has decided.
@@ -202,6 +211,8 @@ pub async fn behind(scene: &Scene, claim: Claim) -> Vec<ProxyError> {
         let there = |member: &Member| {
             member.backend == *target && member.route_epoch >= claim.epoch && member.paused_epoch.is_none()
         };
+        note(scene, Moment::Switched, &members, |member| member.route_epoch >= claim.epoch);
+        note(scene, Moment::Resumed, &members, there);
         let behind: Vec<ProxyError> = missing(&scene.config, &members, there).map(not_there).collect();
         if behind.is_empty() || Instant::now() >= until {
             return behind;

@@ -16,10 +16,11 @@ use crate::event::{Event, Facts};
 use crate::finding::Finding;
 use crate::proxies::{ProxyErrors, SHOW_DEADLINE};
 use crate::report;
+use crate::report::timeline::{HELD, Moment};
 use crate::roster;
 use crate::roster::Change;
 use crate::steps::calm::Old;
-use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, calm, decided, kept};
+use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, calm, decided, evidence, kept};
 
 /// How long members that are not ours to command may take to hold by themselves: their look, and what it takes.
 const MEMBERS_PATIENCE: Duration = Duration::from_millis(1500);
@@ -33,6 +34,7 @@ const ASK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Opens the epoch and pauses.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
+    evidence::before(scene).await;
     unchanged(scene).await?;
     let claim = open(scene).await?;
     let guarded = match scene.config.replication {
@@ -49,13 +51,16 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     kept::renew(scene, claim, &mut leases).await?;
     scene.observe(report::PAUSE_SENT, Facts::new().with("epoch", claim.epoch.as_u64()));
     let paused = pause_all(scene, claim).await;
+    evidence::tell(scene, Moment::Paused);
     leases.confirm();
     scene.leases = Some(leases);
     paused?;
     // Whoever nobody listed holds by itself; its clients would meet the fence otherwise.
     members(scene, claim).await?;
-    let held: u32 =
-        scene.fleet.all(|proxy| proxy.gate(&database)).await?.iter().map(|(_, gate)| gate.held_clients).sum();
+    let gates = scene.fleet.all(|proxy| proxy.gate(&database)).await?;
+    let held: u32 = gates.iter().map(|(_, gate)| gate.held_clients).sum();
+    let by_proxy = gates.iter().fold(Facts::new(), |facts, (proxy, gate)| facts.with(proxy, gate.held_clients));
+    scene.observe(HELD, by_proxy);
     Ok(Facts::new().with("epoch", claim.epoch.as_u64()).with("held_clients", held).with("target_guarded", guarded))
 }
 
@@ -146,7 +151,9 @@ async fn pause_all(scene: &Scene, claim: Claim) -> Result<(), StepError> {
     let command = command(scene, claim)?;
     let ask_at = drain.mul_f32(0.75);
     let pauses = async {
-        let proxies = scene.fleet.all_or_first(|proxy| proxy.order(&command, drain + ANSWER));
+        let proxies = scene.fleet.all_or_first(|proxy| {
+            evidence::answered(scene, Moment::Paused, proxy.name(), proxy.order(&command, drain + ANSWER))
+        });
         let proxies = async { proxies.await.map_err(Missed::Proxies) };
         let bouncers = async { kept::held(scene, claim).await.map_err(Missed::Bouncer) };
         tokio::try_join!(proxies, bouncers)
@@ -229,7 +236,10 @@ pub async fn undo(scene: &Scene) -> Result<Undo, StepError> {
     let database = scene.config.database.clone();
     let resume = Command::ResumeWith(ResumeWith { database, warrant: Warrant::Claim(claim) });
     let mut missed = Vec::new();
-    for (_, answer) in scene.fleet.each(|proxy| proxy.order_aside(&resume, SHOW_DEADLINE)).await {
+    let answers = scene.fleet.each(|proxy| {
+        evidence::answered(scene, Moment::Resumed, proxy.name(), proxy.order_aside(&resume, SHOW_DEADLINE))
+    });
+    for (_, answer) in answers.await {
         if let Err(error) = answer {
             missed.push(error);
         }

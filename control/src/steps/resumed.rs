@@ -10,8 +10,9 @@ use crate::event::Facts;
 use crate::finding::Finding;
 use crate::proxies::{Proxy, ProxyError, SHOW_DEADLINE};
 use crate::report;
+use crate::report::timeline::Moment;
 use crate::roster;
-use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, kept, paused, switched};
+use crate::steps::{STEP_DEADLINE, Scene, StepError, Undo, evidence, kept, paused, switched};
 
 /// Between two looks at a proxy that did not answer well.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
@@ -21,7 +22,11 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     let claim = scene.claim()?;
     let database = scene.config.database.clone();
     let order = Command::ResumeWith(ResumeWith { database, warrant: Warrant::Claim(claim) });
-    let answers = scene.fleet.each(|proxy| proxy.order(&order, SHOW_DEADLINE)).await;
+    let here: &Scene = scene;
+    let answers = here
+        .fleet
+        .each(|proxy| evidence::answered(here, Moment::Resumed, proxy.name(), proxy.order(&order, SHOW_DEADLINE)));
+    let answers = answers.await;
     let unconfirmed = answers.iter().filter(|(_, answer)| answer.is_err()).count();
     // Whoever answered well is looked at too: what counts is where it routes.
     let all: Vec<ProxyError> =
@@ -31,6 +36,7 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
         leases.stop().await;
     }
     let (mut missed, behind) = tokio::join!(stragglers(scene, all), kept::behind(scene, claim));
+    evidence::resumed(scene).await;
     missed.extend(behind);
     missed.extend(scene.absent.iter().cloned());
     if !missed.is_empty() {

@@ -10,7 +10,8 @@ use pgcutover_api::command::{Command, Switch, Warrant};
 use crate::event::Facts;
 use crate::finding::Finding;
 use crate::proxies::{Proxy, ProxyError};
-use crate::steps::{Scene, StepError, Undo};
+use crate::report::timeline::Moment;
+use crate::steps::{Scene, StepError, Undo, evidence};
 
 /// A proxy looks at the store every second: after this it has followed, or something is wrong with it.
 pub const PATIENCE: Duration = Duration::from_secs(4);
@@ -23,9 +24,13 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     let claim = scene.claim()?;
     let (database, backend) = (scene.config.database.clone(), scene.config.target.backend.clone());
     let order = Command::Switch(Switch { database, backend, warrant: Warrant::Claim(claim) });
-    let answers = scene.fleet.each(|proxy| proxy.order(&order, ANSWER)).await;
+    let here: &Scene = scene;
+    let answers =
+        here.fleet.each(|proxy| evidence::answered(here, Moment::Switched, proxy.name(), proxy.order(&order, ANSWER)));
+    let answers = answers.await;
     let missed: Vec<String> =
         answers.into_iter().filter_map(|(_, answer)| answer.err()).map(|error| error.to_string()).collect();
+    evidence::tell(scene, Moment::Switched);
     Ok(Facts::new().with("backend", scene.config.target.backend.as_str()).with("unconfirmed", missed))
 }
 

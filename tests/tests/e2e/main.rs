@@ -86,6 +86,8 @@ mod transplant_many;
 #[cfg(test)]
 mod moves;
 #[cfg(test)]
+mod evidence;
+#[cfg(test)]
 mod rehearse;
 #[cfg(test)]
 mod rollback;

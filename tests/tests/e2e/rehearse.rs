@@ -5,10 +5,12 @@
 use std::time::Duration;
 
 use e2e::binaries::Binaries;
-use e2e::pair::{DATABASE, PairOptions};
+use e2e::pair::{DATABASE, PairOptions, SOURCE, TARGET};
 use e2e::stage::{Serving, Stage};
 use e2e::workload::{Workload, WorkloadOptions};
 use serde_json::Value as Json;
+
+use crate::evidence;
 
 /// A rehearsal, or a cutover.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -76,6 +78,7 @@ async fn rehearsals(count: usize) {
         assert_eq!(rehearsal.code, Some(0), "{}", rehearsal.story());
         assert_eq!(report["outcome"], "rehearsed", "{}", rehearsal.story());
         predicts(&report);
+        evidence::tells(&report, &["p1", "p2"], SOURCE, SOURCE);
         epochs.push(report["epoch"].as_u64().unwrap());
         for proxy in &stage.proxies {
             let gates = proxy.ask("SHOW GATES").await.unwrap();
@@ -91,7 +94,20 @@ async fn rehearsals(count: usize) {
     assert!(epochs.is_sorted_by(|one, next| one < next), "{epochs:?}");
 
     let cutover = stage.control.run(&["cutover"], LIMIT).await.unwrap();
-    assert_eq!(cutover.json().unwrap()["outcome"], "committed", "{}", cutover.story());
+    let report = cutover.json().unwrap();
+    assert_eq!(report["outcome"], "committed", "{}", cutover.story());
+    evidence::tells(&report, &["p1", "p2"], SOURCE, TARGET);
+    let page = std::fs::read_to_string(report["report_html"].as_str().unwrap()).unwrap();
+    for words in ["Where traffic goes", "<td>p2</td><td>green</td>", "Replication lag", "replayed on the target"] {
+        assert!(page.contains(words), "{words} is not on the page");
+    }
+    let status = stage.control.run(&["status"], LIMIT).await.unwrap().json().unwrap();
+    let way_back = &status["way_back"];
+    assert_eq!((&way_back["attached"], &status["way_back_error"]), (&true.into(), &Json::Null), "{status:#}");
+    assert!(
+        way_back["name"].as_str().unwrap().starts_with("pgcutover_back_") && way_back["lag_bytes"].is_i64(),
+        "{status:#}"
+    );
     load.acknowledges(100, LIMIT).await.unwrap();
     let outcome = load.stop().await.unwrap();
     let errors = outcome.errors();
