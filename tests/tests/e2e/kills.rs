@@ -1,5 +1,6 @@
 //! The bounded form of the kill matrix (`cargo run -p e2e --bin kills`): one cell for each victim but proxyctl, whose cells
-//! are all played elsewhere (`faults`, `resume_run`), two for a source that is gone.
+//! are all played elsewhere (`faults`, `resume_run`), two for a source that is gone, one for a
+//! standby that was promoted.
 //!
 //! Invariant: what a cell promises is checked where it is played.
 
@@ -8,8 +9,12 @@ use e2e::kills::{AWAY, Cell, Kind, Members, Outcome, Setting, Victim};
 use e2e::pair::{SOURCE, TARGET};
 
 async fn played(moment: &'static str, step: &str, victim: Victim) -> Outcome {
+    played_by(Kind::Logical, moment, step, victim).await
+}
+
+async fn played_by(kind: Kind, moment: &'static str, step: &str, victim: Victim) -> Outcome {
     let cell = Cell { step: step.to_owned(), moment, victim };
-    let setting = Setting { kind: Kind::Logical, members: Members::Proxies, majors: (13, 17) };
+    let setting = Setting { kind, members: Members::Proxies, majors: (13, 17) };
     let played = cell.play(&Binaries::of(&[13, 17]).unwrap(), &setting).await;
     played.unwrap_or_else(|error| panic!("{cell}: {error:#}"))
 }
@@ -37,6 +42,12 @@ async fn a_source_that_is_gone_after_the_decision_is_not_waited_for() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_target_killed_after_the_decision_comes_back_as_the_one_side() {
     assert_eq!(played("after", "decided", Victim::Target).await.side, TARGET);
+}
+
+/// It comes back as a primary of its own, which nobody follows and nobody can write to.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_standby_killed_after_its_promotion_costs_the_move_and_is_no_second_side() {
+    assert_eq!(played_by(Kind::Physical, "after", "way_back", Victim::Target).await.side, SOURCE);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
