@@ -10,9 +10,6 @@ use pgcutover_api::store::{self, BadRow, Gate, Identity, Member, Name, Outcome, 
 
 use crate::clusters::{Cluster, ClusterError, Deadline, cells};
 
-/// What stands for an address in the row of a run: no proxy listens there.
-const CONTROLLER: &str = "proxyctl";
-
 /// How often a lost answer is asked for again.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
 
@@ -133,7 +130,7 @@ impl Cluster {
     /// The proxies, and the keepers of PgBouncers, that enrolled themselves.
     pub async fn members(&self, db: &Name, limit: Duration) -> Result<Vec<Member>, ClusterError> {
         let mut members = self.rows("members", &store::members(db), limit, Member::decode).await?;
-        members.retain(|member| member.address != CONTROLLER);
+        members.retain(|member| member.address != store::CONTROLLER);
         Ok(members)
     }
 
@@ -146,7 +143,7 @@ impl Cluster {
     pub async fn renew_lease(&self, db: &Name, claim: Claim, limit: Duration) -> Result<(), ClusterError> {
         let member = Member {
             instance: claim.run.to_string(),
-            address: CONTROLLER.to_owned(),
+            address: store::CONTROLLER.to_owned(),
             backend: String::new(),
             route_epoch: Epoch::ZERO,
             paused_epoch: Some(claim.epoch),
@@ -158,10 +155,7 @@ impl Cluster {
     /// How long ago a run last said that it lives; never if it holds no lease for this epoch.
     pub async fn lease_age(&self, db: &Name, claim: Claim, limit: Duration) -> Result<Option<Duration>, ClusterError> {
         let members = self.rows("lease", &store::members(db), limit, Member::decode).await?;
-        let run = claim.run.to_string();
-        let lease = members.into_iter().find(|member| member.address == CONTROLLER && member.instance == run);
-        let lease = lease.filter(|lease| lease.paused_epoch == Some(claim.epoch));
-        Ok(lease.map(|lease| Duration::from_millis(lease.seen_ms_ago)))
+        Ok(store::sign_of_life(members, claim).map(Duration::from_millis))
     }
 
     /// Every gate of this database.

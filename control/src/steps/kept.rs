@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use crate::bouncers::{Console, ConsoleError, Keepers};
 use crate::clusters::Cluster;
 use crate::config::Config;
-use crate::config::members::{BouncerEntry, Unleased};
+use crate::config::members::{BouncerEntry, Unleased, Unlisted};
 use crate::finding::Finding;
 use crate::preflight::{BouncerFacts, Watched};
 use crate::proxies::{Leases, ProxyError};
@@ -82,9 +82,10 @@ fn holds(member: &Member, claim: Claim) -> bool {
     member.paused_epoch == Some(claim.epoch) && member.seen_ms_ago < FRESH_MS
 }
 
-/// Tells the keepers that this run lives, for as long as it renews the leases of the proxies.
+/// Tells those that nobody commands, keepers and proxies that no entry stands for, that this run lives, for as long as it renews
+/// the leases of the others.
 pub async fn renew(scene: &Scene, claim: Claim, leases: &mut Leases) -> Result<(), StepError> {
-    if scene.config.bouncers.is_empty() {
+    if scene.config.bouncers.is_empty() && scene.config.policy.unlisted == Unlisted::Refuse {
         return Ok(());
     }
     let (cluster, database, every) =

@@ -342,6 +342,8 @@ fn reachable(address: &str) -> String {
 }
 
 /// Every member of a database, living or not: rows for [`Member::decode`].
+///
+/// A run that lives says so in a row of its own ([`sign_of_life`]), which no proxy could have.
 pub fn members(db: &Name) -> String {
     format!(
         "SELECT m.instance, m.address, m.backend, m.route_epoch, m.paused_epoch, \
@@ -350,6 +352,18 @@ pub fn members(db: &Name) -> String {
          FROM pgcutover.member m WHERE m.db OPERATOR(pg_catalog.=) {} ORDER BY m.instance",
         literal(db.as_str())
     )
+}
+
+/// The address in the row by which a run says that it lives: its instance is the run, its epoch the one that it holds for.
+pub const CONTROLLER: &str = "proxyctl";
+
+/// How long ago the run of this claim last said that it lives, in milliseconds; `None` if it does not hold for this epoch.
+pub fn sign_of_life(members: impl IntoIterator<Item = Member>, claim: Claim) -> Option<u64> {
+    let run = claim.run.to_string();
+    let said = |member: &Member| {
+        member.address == CONTROLLER && member.instance == run && member.paused_epoch == Some(claim.epoch)
+    };
+    members.into_iter().find(said).map(|member| member.seen_ms_ago)
 }
 
 /// Every gate of the server's database: rows for [`Gate::decode`].

@@ -20,6 +20,9 @@ use crate::pool;
 use crate::pool::{Pool, Standing};
 use crate::route::{Active, Endpoint};
 
+/// The owner of a hold that a proxy made by itself.
+pub(super) const WATCH: &str = "watch";
+
 /// A switch that happened.
 #[derive(Debug, Clone)]
 pub struct Switched {
@@ -252,7 +255,7 @@ impl Database {
         let source = self.site.route.active().backend.to_string();
         let epoch = pgcutover_api::command::EpochPause { claim, source, target: target.to_owned() };
         let lease = self.site.config.load().general.pause_lease;
-        Intent { owner: "watch".to_owned(), epoch: Some(epoch), lease: Some(lease) }
+        Intent { owner: WATCH.to_owned(), epoch: Some(epoch), lease: Some(lease) }
     }
 
     fn move_route(&self, endpoint: Arc<Endpoint>, leap: Leap<'_>) {

@@ -9,10 +9,12 @@ use std::time::{Duration, Instant};
 
 use pgcutover_api::command::EpochPause;
 use pgcutover_api::epoch::Claim;
+use pgcutover_api::store;
 use pgcutover_api::store::{Decision, Member, Outcome};
 
 use crate::database::Database;
 use crate::database::link::Silence;
+use crate::database::switch::WATCH;
 use crate::database::verdict::{Verdict, verdict};
 use crate::gate::Pause;
 use crate::relay::ShutSignal;
@@ -46,7 +48,7 @@ impl Database {
             let now = Instant::now();
             if now >= look_at {
                 self.look().await;
-                look_at = Instant::now() + if self.is_draining() { ASK_AGAIN } else { LOOK };
+                look_at = Instant::now() + self.until_next_look();
             }
             self.abandon_outlived();
             self.sift_drafts();
@@ -63,6 +65,42 @@ impl Database {
                 () = tokio::time::sleep_until(next.into()) => {}
                 () = &mut change => {}
             }
+        }
+    }
+
+    fn until_next_look(&self) -> Duration {
+        if self.is_draining() {
+            return ASK_AGAIN;
+        }
+        // More than one look before its lease ends.
+        self.own_hold_now().map_or(LOOK, |_| LOOK.min(self.site.config.load().general.pause_lease / 4))
+    }
+
+    /// The hold that this proxy made by itself, if that is what holds the gate.
+    fn own_hold_now(&self) -> Option<Pause> {
+        self.site.gate.pause().filter(|pause| pause.owner == WATCH)
+    }
+
+    /// R8 where no RENEW comes: the run that this hold is for says in the store that it lives. The lease lasts from when it last
+    /// said so; one that has ended is not revived.
+    async fn renew_own_hold(&self, backend: &str) {
+        let Some((claim, ends)) = self.own_hold_now().and_then(|pause| Some((pause.claim()?, pause.lease_ends?)))
+        else {
+            return;
+        };
+        let Ok(route) = self.route_name() else { return };
+        // Unanswered: the lease goes on running.
+        let Ok(rows) = self.run(backend, &store::members(route)).await else { return };
+        let members = rows.iter().filter_map(|row| {
+            let columns: [_; 6] = std::array::from_fn(|column| row.text(column));
+            Member::decode(&columns).ok()
+        });
+        let Some(silent_ms) = store::sign_of_life(members, claim) else { return };
+        let (now, lease) = (Instant::now(), self.site.config.load().general.pause_lease);
+        let left = lease.saturating_sub(Duration::from_millis(silent_ms));
+        if now + left > ends {
+            // Over, or another's by now: nothing to renew.
+            let _ = self.site.gate.renew(claim, left, now);
         }
     }
 
@@ -89,7 +127,7 @@ impl Database {
         self.store_answers.store(true, Ordering::Release);
         let pause = self.site.gate.pause();
         match verdict(active.epoch, pause.as_ref().and_then(|pause| pause.epoch.as_ref()), &view) {
-            Verdict::Rest => {}
+            Verdict::Rest => self.renew_own_hold(&active.backend).await,
             Verdict::Hold(open) => {
                 let claim = Claim { run: open.run, epoch: open.epoch };
                 tracing::warn!(database = %self.name(), %claim, "an epoch is open that nobody told us of: holding");

@@ -23,6 +23,8 @@ use crate::house::until;
 
 /// A cutover and whatever ends it.
 const LIMIT: Duration = Duration::from_secs(60);
+/// How long a proxy holds by itself for a run that says nothing.
+const HOLD_LEASE_MS: u64 = 2000;
 /// Exit codes of proxyctl, as its help tells them.
 const DONE: i32 = 0;
 const REFUSED: i32 = 3;
@@ -38,8 +40,12 @@ impl Scene {
     async fn open(proxies: u16) -> Scene {
         let binaries = Binaries::of(&[15, 17]).unwrap();
         let pair = Pair::start(&binaries, &PairOptions::new(15, 17)).await.unwrap();
-        // Nobody renews what a proxy holds by itself, and a loaded machine takes its time.
-        let mut stage = Stage::with(pair, proxies, |options| options.setting("pause_lease", "9s")).await.unwrap();
+        let mut stage = Stage::with(pair, proxies, |options| {
+            options.setting("drain_timeout", "1s");
+            options.setting("pause_lease", format!("{HOLD_LEASE_MS}ms"));
+        })
+        .await
+        .unwrap();
         // Tests share a machine: what they measure is not the stall.
         stage.control.budget(&[("stall", "5s"), ("transaction_age_max", "60s")]);
         let mut load = WorkloadOptions::new(stage.ports(), 8);
@@ -207,7 +213,18 @@ async fn a_proxy_that_nobody_listed_stops_a_cutover_or_holds_and_follows_by_poli
     let status = scene.run("status").await.json().unwrap();
     assert_eq!((&status["unlisted"][0]["instance"], &status["unlisted"][0]["alive"]), (&"p2".into(), &true.into()));
     scene.stage.control.set("policy", "unlisted", "follow");
-    let finished = scene.run("cutover").await;
+    // Nobody renews its hold; it reads that the run lives, also for longer than its own lease.
+    let running = scene.stage.control.spawn(&["cutover", "--hold-at", "after:paused"]).unwrap();
+    let held = async || {
+        let gates = scene.stage.proxies[1].ask("SHOW GATES").await.unwrap();
+        gates[0].get("held_ms_max").and_then(|ms| ms.parse::<u64>().ok()).unwrap_or_default()
+    };
+    until("it holds for longer than its lease", || async {
+        held().await > HOLD_LEASE_MS + 1000 || running.stderr().contains("lease")
+    })
+    .await;
+    running.signal(Signal::SIGUSR1).unwrap();
+    let finished = running.wait(LIMIT).await.unwrap();
     assert_eq!(finished.code, Some(DONE), "{}", finished.story());
     let json = finished.json().unwrap();
     finding(&json, "yellow", "proxy instance p2");
