@@ -102,6 +102,8 @@ pub async fn before(scene: &mut Scene) {
 
 /// Clients have been let go: from here on traffic counts for what comes after.
 pub async fn resumed(scene: &mut Scene) {
+    // A PgBouncer is seen to have been switched only now.
+    tell(scene, Moment::Switched);
     tell(scene, Moment::Resumed);
     let facts = traffic(scene).await;
     scene.observe(AFTER, facts);
