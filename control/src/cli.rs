@@ -68,6 +68,8 @@ enum Verb {
     Rollback(commands::rollback::Rollback),
     /// Reverse replication, which keeps the server that served before in step: how it stands; attach it; drop it.
     WayBack(commands::way_back::WayBack),
+    /// Compare both servers, whole tables, while replication runs: equal, different (and where), or too busy to tell.
+    Verify,
     /// Build the report of a run from its journal.
     Report(commands::report::Report),
     /// What runs there were: when, by whom, how they ended, how long clients were held.
@@ -127,6 +129,7 @@ async fn perform(cli: Cli, printer: Printer) -> anyhow::Result<Exit> {
             rollback.run(contexts).await
         }
         Verb::WayBack(way_back) => way_back.run(&context()?).await,
+        Verb::Verify => commands::verify::run(&context()?).await,
         Verb::WatchPgbouncer(watch) => watch.run(&context()?).await,
         Verb::Report(report) => report.run(&context()?),
         Verb::History(history) => history.run(&context()?),

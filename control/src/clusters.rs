@@ -4,6 +4,8 @@
 //! transaction open; an answer that can't be read is an error, never a default.
 
 mod barrier;
+pub mod digest;
+pub mod pin;
 mod replication;
 mod sequences;
 mod standby;
@@ -205,15 +207,9 @@ impl Cluster {
             Ok(messages) => return Ok(collect(messages)),
             Err(error) => error,
         };
-        let Some(db) = error.as_db_error() else {
+        let Some(refused) = refusal(self.role, what, &error) else {
             *slot = None;
             return Err(ClusterError::Lost { role: self.role, what, message: dial::words(&error) });
-        };
-        let refused = ClusterError::Refused {
-            role: self.role,
-            what,
-            sqlstate: db.code().code().to_owned(),
-            message: message_of(db),
         };
         if client.simple_query(pgcutover_api::store::ROLLBACK).await.is_err() {
             *slot = None;
@@ -344,6 +340,13 @@ fn collect(messages: Vec<SimpleQueryMessage>) -> Answer {
         }
     }
     answer
+}
+
+/// What the server said, if it was the server that said something.
+fn refusal(role: Role, what: &'static str, error: &tokio_postgres::Error) -> Option<ClusterError> {
+    let db = error.as_db_error()?;
+    let (sqlstate, message) = (db.code().code().to_owned(), message_of(db));
+    Some(ClusterError::Refused { role, what, sqlstate, message })
 }
 
 fn message_of(db: &tokio_postgres::error::DbError) -> String {

@@ -32,6 +32,7 @@ pub mod series;
 pub mod sessions;
 pub mod status;
 pub mod switch;
+pub mod verify;
 pub mod watch_pgbouncer;
 pub mod way_back;
 

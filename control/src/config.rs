@@ -5,6 +5,7 @@
 
 pub mod members;
 mod section;
+mod verify;
 mod way_back;
 
 use std::fmt;
@@ -19,6 +20,7 @@ use toml::Table;
 use crate::config::members::{BouncerEntry, ProxyEntry, UNLISTED, Unleased, Unlisted};
 use crate::config::section::{Checked, Section, Wrong, with_source, wrong};
 
+pub use crate::config::verify::Verify;
 pub use crate::config::way_back::WayBack;
 
 /// The hold budget a proxy has unless its configuration says otherwise; the real one is read from each proxy when it is armed.
@@ -53,6 +55,8 @@ pub struct Config {
     pub policy: Policy,
     /// Whether a way back is prepared within the stall and attached after it.
     pub way_back: WayBack,
+    /// Whether both servers are compared.
+    pub verify: Verify,
 }
 
 /// One of the two clusters.
@@ -268,6 +272,7 @@ fn read(path: &Path, text: &str) -> Checked<Config> {
         sequences: sequences(root.section("sequences")?)?,
         policy: policy(root.section("policy")?)?,
         way_back: way_back::way_back(root.section("way_back")?, &replication)?,
+        verify: verify::verify(root.section("verify")?)?,
         replication,
     };
     root.finish()?;

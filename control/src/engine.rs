@@ -21,7 +21,7 @@ use crate::journal::JournalError;
 use crate::plan::{Goal, OnFailure, POINT_OF_NO_RETURN, Step};
 use crate::printer::Progress;
 use crate::state::Phase;
-use crate::steps::{self, Scene, StepError, Undo, decided, evidence};
+use crate::steps::{self, Scene, StepError, Undo, decided, evidence, pinned};
 
 /// Where a test kills the process, as kill -9 would.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -163,8 +163,16 @@ impl Engine {
         let ending = self.ending();
         self.scene.heartbeat = None;
         evidence::close(&mut self.scene).await;
+        self.verify(ending).await;
         self.scene.journal.append([Event::Ended { ending }])?;
         Ok(ending)
+    }
+
+    /// Clients were let go: what is left is to see whether both sides were equal.
+    async fn verify(&mut self, ending: Ending) {
+        let mut interrupt = self.interrupt.clone();
+        let progress = &self.progress;
+        pinned::verify(&mut self.scene, ending, wanted(&mut interrupt), &|line| progress.now(line)).await;
     }
 
     fn begin(&mut self) -> Result<(), JournalError> {

@@ -40,11 +40,13 @@ pub enum Exit {
     Undecided,
     /// What is differs from what is declared.
     Drift,
+    /// It ended well, but both servers were compared and differ.
+    Differs,
 }
 
 impl Exit {
     /// Every one of them, for `--help`.
-    pub const ALL: [Exit; 8] = [
+    pub const ALL: [Exit; 9] = [
         Exit::Done,
         Exit::Unexpected,
         Exit::Usage,
@@ -53,6 +55,7 @@ impl Exit {
         Exit::Unfinished,
         Exit::Undecided,
         Exit::Drift,
+        Exit::Differs,
     ];
 
     /// The number.
@@ -66,6 +69,7 @@ impl Exit {
             Exit::Unfinished => 5,
             Exit::Undecided => 6,
             Exit::Drift => 7,
+            Exit::Differs => 8,
         }
     }
 
@@ -80,6 +84,7 @@ impl Exit {
             Exit::Unfinished => "decided, but not finished everywhere; what is missing follows by itself",
             Exit::Undecided => "undecided: the source cannot be reached; proxies hold by their own rules",
             Exit::Drift => "what is differs from what is declared ('plan --drift')",
+            Exit::Differs => "as 0, but both servers were compared and are not equal: the report names what differs",
         }
     }
 
@@ -190,7 +195,7 @@ mod tests {
 
     #[test]
     fn exit_codes_are_those_of_the_documentation() {
-        assert_eq!(Exit::ALL.map(Exit::code), [0, 1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(Exit::ALL.map(Exit::code), [0, 1, 2, 3, 4, 5, 6, 7, 8]);
         assert!(Exit::help().contains("  4  aborted; traffic is on the source"));
     }
 }

@@ -16,6 +16,7 @@ use crate::report::lag::{Lag, Positions};
 use crate::report::prediction::Prediction;
 use crate::report::timeline::{Member, Moment, Table};
 use crate::report::traffic::Traffic;
+use crate::report::verification::{VERIFICATION, Verification};
 use crate::state::{Phase, State};
 
 pub mod html;
@@ -25,6 +26,7 @@ pub mod prediction;
 pub mod samples;
 pub mod timeline;
 pub mod traffic;
+pub mod verification;
 
 /// An observation the report folds: the moment the first PAUSE was sent.
 pub const PAUSE_SENT: &str = "pause_sent";
@@ -68,6 +70,8 @@ pub struct Report {
     pub pause_ms: Option<f64>,
     /// How long a cutover would hold clients, by a rehearsal.
     pub prediction: Option<Prediction>,
+    /// What comparing both servers came to, if it was tried.
+    pub verification: Option<Verification>,
     /// The steps that were begun, in order.
     pub steps: Vec<StepLine>,
     /// What each member did and when; empty where nobody wrote it down.
@@ -174,6 +178,7 @@ impl Report {
             target_version: String::new(),
             pause_ms: None,
             prediction: None,
+            verification: None,
             steps: Vec::new(),
             members: Vec::new(),
             log: None,
@@ -237,6 +242,7 @@ impl Report {
                 }
             }
             Event::Found { finding } => self.findings.push(finding.clone()),
+            Event::Observed { what, facts } if what == VERIFICATION => self.verification = Verification::of(facts),
             Event::Observed { what, facts } => {
                 let observation = Observation { at_us: record.at_us, what: what.clone(), facts: facts.clone() };
                 self.observations.push(observation);
@@ -349,6 +355,9 @@ impl fmt::Display for Report {
         }
         if let Some(prediction) = &self.prediction {
             write!(f, "{prediction}")?;
+        }
+        if let Some(verification) = &self.verification {
+            write!(f, "{verification}")?;
         }
         for step in &self.steps {
             let outcome = match step.outcome {

@@ -38,6 +38,9 @@ pub mod curve;
 pub mod evidence;
 pub mod drift;
 pub mod inspection;
+pub mod rounds;
+pub mod pinned;
+pub mod compared;
 pub mod reverse;
 pub mod install;
 pub mod kept;
@@ -74,6 +77,8 @@ pub struct Scene {
     pub heartbeat: Option<heartbeat::Heartbeat>,
     /// What is written down for the report.
     pub evidence: evidence::Evidence,
+    /// The snapshots at which both sides are compared.
+    pub pinning: pinned::Pinning,
     /// Proxies that could not be reached when a broken-off run was taken up.
     pub absent: Vec<ProxyError>,
 }
@@ -97,6 +102,7 @@ impl Scene {
             keepers: None,
             heartbeat: None,
             evidence: evidence::Evidence::default(),
+            pinning: pinned::Pinning::Never,
             absent: Vec::new(),
             config,
         }

@@ -286,6 +286,17 @@ impl Cluster {
         lsn.ok_or_else(|| self.unreadable("write the sentinel", "no position came").into())
     }
 
+    /// A position behind everything that is committed, which a subscription can reach: the end of a commit of ours, flushed (source).
+    pub async fn position(&self, limit: Duration) -> Result<Lsn, ClusterError> {
+        const WHAT: &str = "position";
+        let message = "SET LOCAL synchronous_commit = on; SELECT pg_logical_emit_message(true, 'pgcutover', '')";
+        let script = format!("{}; SELECT pg_current_wal_flush_lsn() AS lsn", store::transaction(message));
+        let answer = self.ask(WHAT, &script, limit).await?;
+        let lsn =
+            answer.rows.last().and_then(|row| row.try_get("lsn").ok().flatten()).and_then(|text| text.parse().ok());
+        lsn.ok_or_else(|| self.unreadable(WHAT, "no position came"))
+    }
+
     /// The sentinel as it is here (target).
     pub async fn sentinel(&self, db: &Name, limit: Duration) -> Result<Option<String>, ClusterError> {
         let sql = format!("SELECT s.token FROM pgcutover.sentinel s WHERE s.db = {}", literal(db.as_str()));

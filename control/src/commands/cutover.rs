@@ -101,8 +101,8 @@ impl Cutover {
         }
         let Engine { scene, progress, .. } = engine;
         drop(progress);
-        report::tell(printer, &scene.journal, self.report.clone(), self.clients.as_deref());
-        let exit = ended.context("the journal could not be written: the run stands as reported")?.into();
+        let exit = report::tell(printer, &scene.journal, self.report.clone(), self.clients.as_deref());
+        ended.context("the journal could not be written: the run stands as reported")?;
         Ok(Attempt { exit, again: scene.journal.state().may_do_better().map(|step| reason(&scene.journal, step)) })
     }
 }

@@ -53,5 +53,7 @@ pub fn tell(printer: Printer, journal: &Journal, page: Option<PathBuf>, clients:
         Err(error) => printer.talk(format_args!("proxyctl: no report page: {error:#}")),
     }
     printer.data(&report);
-    report.outcome.into()
+    let exit = report.outcome.into();
+    let differs = report.verification.is_some_and(|verification| verification.differs());
+    if exit == Exit::Done && differs { Exit::Differs } else { exit }
 }

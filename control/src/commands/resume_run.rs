@@ -163,8 +163,9 @@ impl ResumeRun {
         }
         let Engine { scene, progress, .. } = engine;
         drop(progress);
-        report::tell(printer, &scene.journal, self.report, None);
-        Ok(ended.context("the journal could not be written: the run stands as reported")?.into())
+        let exit = report::tell(printer, &scene.journal, self.report, None);
+        ended.context("the journal could not be written: the run stands as reported")?;
+        Ok(exit)
     }
 }
 

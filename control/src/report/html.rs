@@ -11,6 +11,7 @@ use crate::event::{Ending, Facts};
 use crate::finding::{Finding, Level};
 use crate::report::samples::Samples;
 use crate::report::timeline::{Kind, count, length};
+use crate::report::verification::Verification;
 use crate::report::{Report, StepOutcome, picture};
 
 /// Writes the page to a file, whole or not at all.
@@ -50,6 +51,7 @@ pub fn page(report: &Report, samples: &Samples) -> String {
     members(&mut page, report);
     traffic(&mut page, report);
     lag(&mut page, report);
+    page.push_str(&report.verification.as_ref().map(Verification::html).unwrap_or_default());
     findings(&mut page, "Worth knowing", report.findings.iter().filter(|finding| finding.level == Level::Yellow));
     observations(&mut page, report);
     budgets(&mut page, report);

@@ -21,7 +21,8 @@ use crate::report;
 use crate::roster;
 use crate::steps::heartbeat::Heartbeat;
 use crate::steps::{
-    STEP_DEADLINE, Scene, StepError, Undo, attached, caught_up, evidence, fenced, inspection, install, kept, way_back,
+    STEP_DEADLINE, Scene, StepError, Undo, attached, caught_up, evidence, fenced, inspection, install, kept, pinned,
+    way_back,
 };
 
 /// One table takes milliseconds unless a writer sits on it; thousands of tables take a while.
@@ -60,6 +61,7 @@ pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
     }
     let opened = prepare(scene).await?;
     evidence::members(scene).await;
+    scene.pinning = pinned::ahead(scene, &feed).await;
     Ok(Facts::new()
         .with("first_sentinel_ms", travel.as_secs_f64() * 1000.0)
         .with("connections_prepared", opened)

@@ -27,7 +27,8 @@ const FIXED: Duration = Duration::from_millis(50);
 const OLD: &str = "SELECT a.pid, coalesce(a.usename, '') || coalesce(', ' || a.application_name, '') AS who, \
       coalesce(left(a.query, 120), '') AS query, (extract(epoch FROM clock_timestamp() - a.xact_start) * 1000)::bigint AS age_ms \
     FROM pg_stat_activity a WHERE a.datname = current_database() AND a.xact_start IS NOT NULL AND a.pid <> pg_backend_pid() \
-      AND coalesce(a.backend_type, 'client backend') = 'client backend' ORDER BY a.xact_start LIMIT 20";
+      AND coalesce(a.backend_type, 'client backend') = 'client backend' \
+      AND a.application_name IS DISTINCT FROM 'proxyctl verify' ORDER BY a.xact_start LIMIT 20";
 
 /// An open transaction of a client.
 #[derive(Debug, Clone)]

@@ -1,5 +1,7 @@
 //! S7: everything the decision relies on is looked at once more, at the same time.
 //!
+//! The snapshots at which both sides are compared later are taken meanwhile, on connections of their own.
+//!
 //! Invariant: reads only. What it proves: the servers are the same primaries, every living proxy is paused at this epoch, the
 //! source is fenced and every table of it gated, nothing is prepared, the sentinel is right, no sequence stands behind, no
 //! session is tied, the schema is the one that was armed, the target takes our writes and keeps clients out until the evidence where
@@ -12,16 +14,24 @@ use crate::event::Facts;
 use crate::finding::Finding;
 use crate::plan::Goal;
 use crate::steps::{
-    STEP_DEADLINE, Scene, StepError, Undo, armed, caught_up, durable, fenced, paused, transplanted, way_back,
+    STEP_DEADLINE, Scene, StepError, Undo, armed, caught_up, durable, fenced, paused, pinned, transplanted, way_back,
 };
 
 /// Looks. A rehearsal has set no sequence: there it is the target's other state that counts.
 pub async fn run(scene: &mut Scene) -> Result<Facts, StepError> {
+    let pinning = std::mem::take(&mut scene.pinning);
+    let pins = pinned::take(pinning, scene.config.budgets.stall);
+    let (checked, (pinning, taken)) = tokio::join!(checks(scene), pins);
+    scene.pinning = pinning;
+    checked?;
+    Ok(Facts::new().with("pin_ms", taken.map(|taken| taken.as_secs_f64() * 1000.0)))
+}
+
+async fn checks(scene: &Scene) -> Result<(), StepError> {
     match scene.journal.state().goal {
-        Goal::Cutover => verify(scene).await?,
-        Goal::Rehearsal => all_but_sequences(scene).await?,
+        Goal::Cutover => verify(scene).await,
+        Goal::Rehearsal => all_but_sequences(scene).await,
     }
-    Ok(Facts::new())
 }
 
 /// Nothing was done.

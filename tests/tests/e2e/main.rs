@@ -90,6 +90,8 @@ mod evidence;
 #[cfg(test)]
 mod rehearse;
 #[cfg(test)]
+mod verification;
+#[cfg(test)]
 mod rollback;
 #[cfg(test)]
 mod physical;

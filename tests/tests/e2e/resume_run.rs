@@ -86,6 +86,9 @@ async fn a_run_killed_after_its_decision_is_brought_to_its_end() {
         assert_eq!(taken_up.code, Some(0), "{at}: {}", taken_up.story());
         let report = taken_up.json().unwrap();
         assert_eq!((&report["outcome"], &report["ended"]), (&"committed".into(), &true.into()), "{at}");
+        // The snapshots of the moment at which both sides were equal died with the run.
+        let none = report["verification"]["none"].as_str().unwrap_or_default();
+        assert!(none.contains("proxyctl was away"), "{at}: {}", report["verification"]);
         assert_eq!(theatre.settled().await, TARGET, "{at}");
         assert!(asked.elapsed() < SOON, "{at}: {:?}: a lease was waited for", asked.elapsed());
         theatre.ends_without_error_on(TARGET).await;

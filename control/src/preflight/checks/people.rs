@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use pgcutover_api::store::Member;
 
+use crate::clusters::pin::VERIFIER;
 use crate::config::members::Unlisted;
 use crate::finding::Finding;
 use crate::preflight::checks::{Make, or_green, red_if, sides};
@@ -16,8 +17,11 @@ pub(super) fn old_transactions(facts: &Facts) -> Vec<Finding> {
     const CHECK: &str = "old_transactions";
     let limit = i64::try_from(facts.limits.transaction_age_max.as_millis()).unwrap_or(i64::MAX);
     let old = |cluster: &ClusterFacts| -> Vec<Session> {
-        let counts =
-            |s: &&Session| s.backend_type.as_deref() != Some("walsender") && s.transaction_age_ms > Some(limit);
+        // A comparison of whole tables holds no row, and takes no number that a slot would wait for.
+        let is_ours = |s: &Session| s.application.as_deref() == Some(VERIFIER);
+        let counts = |s: &&Session| {
+            s.backend_type.as_deref() != Some("walsender") && !is_ours(s) && s.transaction_age_ms > Some(limit)
+        };
         cluster.sessions.iter().filter(counts).cloned().collect()
     };
     let mut found = Vec::new();
@@ -146,7 +150,7 @@ pub(super) fn bypass(facts: &Facts) -> Vec<Finding> {
     let stranger = |session: &&Session| {
         session.backend_type.as_deref() == Some("client backend")
             && !through.contains(&session.pid)
-            && session.application.as_deref() != Some("proxyctl")
+            && !matches!(session.application.as_deref(), Some("proxyctl" | VERIFIER))
             && session.user != facts.limits.proxy_role
     };
     let found = facts.source.sessions.iter().filter(stranger).map(|session| {

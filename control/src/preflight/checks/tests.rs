@@ -360,6 +360,9 @@ fn old_and_prepared_transactions_are_seen_on_both_sides() {
     });
     gives(Level::Red, "old_transactions", "target pid 4711", |f| f.target.sessions.push(session("app", Some(1001))));
     assert_eq!(with(|f| f.target.sessions.push(session("app", Some(999)))), []);
+    let comparison = || Session { application: Some("proxyctl verify".to_owned()), ..session("pgcutover", Some(9999)) };
+    assert_eq!(with(|f| f.source.sessions.push(comparison())), []);
+    assert_eq!(with(|f| f.target.sessions.push(comparison())), []);
     for side in ["source", "target"] {
         let prepared = PreparedTransaction { gid: "gid-1".to_owned(), owner: "app".to_owned(), age_ms: 5 };
         gives(Level::Red, "prepared_transactions", side, |f| {
