@@ -113,7 +113,7 @@ async fn perform(cli: Cli, printer: Printer) -> anyhow::Result<Exit> {
         Verb::Completions(completions) => completions.run(&mut Cli::command(), printer),
         Verb::Objects(objects) if objects.only_prints() => objects.print(printer),
         Verb::Status => commands::status::run(&context()?).await,
-        Verb::Preflight => commands::series::preflights(&all(false)?).await,
+        Verb::Preflight => commands::series::preflights(&all(false)?, Some("rehearse")).await,
         Verb::Sessions(sessions) => sessions.run(&context()?).await,
         Verb::Pause(pause) => pause.run(&context()?).await,
         Verb::Switch(switch) => switch.run(&context()?).await,

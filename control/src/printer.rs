@@ -138,6 +138,14 @@ impl Printer {
         let _ = writeln!(stderr().lock(), "{line}");
     }
 
+    /// What to do after this, for people: none where a program reads.
+    pub fn next(&self, line: impl Display) {
+        match self.output {
+            Output::Text => self.talk(format_args!("next: {line}")),
+            Output::Json => {}
+        }
+    }
+
     /// The course of a run: a live display on a terminal, silence in a pipe.
     pub fn progress(&self) -> Progress {
         if stderr().is_terminal() { Progress { bar: Some(spinner()) } } else { Progress { bar: None } }

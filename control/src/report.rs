@@ -359,6 +359,9 @@ impl fmt::Display for Report {
         if let Some(verification) = &self.verification {
             write!(f, "{verification}")?;
         }
+        if !self.steps.is_empty() {
+            writeln!(f, "steps of this run:")?;
+        }
         for step in &self.steps {
             let outcome = match step.outcome {
                 StepOutcome::Done => "done",

@@ -43,6 +43,7 @@ pub mod pinned;
 pub mod compared;
 pub mod reverse;
 pub mod install;
+pub mod uninstall;
 pub mod kept;
 
 /// Everything a step acts on.

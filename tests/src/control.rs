@@ -108,20 +108,41 @@ impl Control {
     /// # Errors
     /// It can't be started.
     pub fn spawn(&self, args: &[&str]) -> Result<Running> {
+        let n = self.number();
+        let [stdout, stderr] = ["stdout", "stderr"].map(|stream| self.dir.join(format!("{n}.{stream}")));
+        let out = (File::create(&stdout)?, File::create(&stderr)?);
+        let process = self.start(&["--output", "json"], args, out, &stderr)?;
+        Ok(Running { process, stdout })
+    }
+
+    /// What `proxyctl ARGS…` says to a person, both streams in one as on a screen, and how it ends.
+    ///
+    /// # Errors
+    /// It can't be started, or still runs after `limit`.
+    pub async fn screen(&self, args: &[&str], limit: Duration) -> Result<(String, Option<i32>)> {
+        let screen = self.dir.join(format!("{}.screen", self.number()));
+        let file = File::create(&screen)?;
+        let mut process = self.start(&[], args, (file.try_clone()?, file), &screen)?;
+        let status = process.wait(limit).await?;
+        Ok((text(&screen), status.code()))
+    }
+
+    fn number(&self) -> u32 {
+        self.runs.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+    }
+
+    fn start(&self, form: &[&str], args: &[&str], out: (File, File), log: &Path) -> Result<Process> {
         let config = self.dir.join("cutover.toml");
         fs::write(&config, toml::to_string(&self.config)?)?;
-        let n = self.runs.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let [stdout, stderr] = ["stdout", "stderr"].map(|stream| self.dir.join(format!("{n}.{stream}")));
         let mut command = match &self.hosts {
             None => Command::new(&self.program),
             Some(hosts) => with_own_hosts_file(hosts, &self.program),
         };
-        command.arg("-c").arg(config).args(["--output", "json"]).args(args).current_dir(&self.dir);
-        command.stdin(std::process::Stdio::null()).stdout(File::create(&stdout)?).stderr(File::create(&stderr)?);
+        command.arg("-c").arg(config).args(form).args(args).current_dir(&self.dir);
+        command.stdin(std::process::Stdio::null()).stdout(out.0).stderr(out.1);
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
         let name = format!("proxyctl {}", args.join(" "));
-        let process = Process::spawn_redirected(command, &name, &stderr, Signal::SIGTERM)?;
-        Ok(Running { process, stdout })
+        Process::spawn_redirected(command, &name, log, Signal::SIGTERM)
     }
 
     /// Runs it to its end.

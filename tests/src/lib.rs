@@ -11,6 +11,7 @@
 //! A module uses only modules below it in this list.
 
 pub mod program;
+pub mod chapter;
 pub mod crossing;
 pub mod shuttle;
 pub mod moves;

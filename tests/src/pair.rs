@@ -25,6 +25,8 @@ pub const PGCUTOVER: &str = "pgcutover";
 pub const PROXY: &str = "pgcutover_proxy";
 /// All logins of a pair.
 pub const LOGINS: [&str; 4] = [APP, OTHER, PGCUTOVER, PROXY];
+/// As whom the target reads the source where nobody thought of a cutover.
+pub const REPLICATOR: &str = "replicator";
 /// The backend name of the source on the proxies.
 pub const SOURCE: &str = "blue";
 /// The backend name of the target on the proxies.
@@ -51,6 +53,15 @@ pub enum Publication {
     AllTables,
 }
 
+/// Which of a cutover's rights are there at the start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rights {
+    /// All that `proxyctl objects sql` grants.
+    Granted,
+    /// None: no login of ours, and replication is a superuser's, which logs in as [`REPLICATOR`].
+    ToGrant,
+}
+
 /// What a test may want to have different.
 #[derive(Clone, Debug)]
 pub struct PairOptions {
@@ -62,13 +73,16 @@ pub struct PairOptions {
     pub publication: Publication,
     /// Rows in `accounts`.
     pub accounts: u32,
+    /// Whether a cutover was thought of already.
+    pub rights: Rights,
 }
 
 impl PairOptions {
     /// A pair of these majors as tests want it.
     pub fn new(from: u32, to: u32) -> PairOptions {
         let (source, target) = (ClusterOptions::new(from), ClusterOptions::new(to));
-        PairOptions { source, target, publication: Publication::Tables, accounts: 1000 }
+        let (publication, rights) = (Publication::Tables, Rights::Granted);
+        PairOptions { source, target, publication, accounts: 1000, rights }
     }
 }
 
@@ -79,9 +93,9 @@ impl PairOptions {
 pub async fn single(binaries: &Binaries, options: &PairOptions) -> Result<Cluster> {
     let cluster = Cluster::start(binaries, &options.source).await?;
     let client = cluster.superuser("postgres").await?;
-    make_source_logins(&client).await?;
-    grant_roles(&client, cluster.major()).await?;
-    make_database(&cluster).await?;
+    make_source_logins(&client, options.rights).await?;
+    grant_roles(&client, cluster.major(), options.rights).await?;
+    make_database(&cluster, options.rights).await?;
     fill(&cluster, options.accounts).await?;
     Ok(cluster)
 }
@@ -115,12 +129,13 @@ impl Pair {
     pub async fn start(binaries: &Binaries, options: &PairOptions) -> Result<Pair> {
         let (source, target) =
             tokio::try_join!(Cluster::start(binaries, &options.source), Cluster::start(binaries, &options.target))?;
-        let verifiers = make_logins(&source, &target).await?;
+        let rights = options.rights;
+        let verifiers = make_logins(&source, &target, rights).await?;
         let pair = Pair { source, target, verifiers, follows: Follows::Logically };
-        tokio::try_join!(make_database(&pair.source), make_database(&pair.target))?;
+        tokio::try_join!(make_database(&pair.source, rights), make_database(&pair.target, rights))?;
         fill(&pair.source, options.accounts).await?;
-        pair.publish(options.publication).await?;
-        pair.subscribe().await?;
+        pair.publish(options.publication, rights).await?;
+        pair.subscribe(rights).await?;
         Ok(pair)
     }
 
@@ -153,23 +168,26 @@ impl Pair {
         &self.verifiers
     }
 
-    async fn publish(&self, publication: Publication) -> Result<()> {
+    async fn publish(&self, publication: Publication, rights: Rights) -> Result<()> {
         let source = self.source.superuser(DATABASE).await?;
-        match publication {
-            Publication::AllTables => source.run(&format!("CREATE PUBLICATION {PUBLICATION} FOR ALL TABLES")).await,
-            Publication::Tables => {
-                let tables = "branches, accounts, ledger, history";
-                let create = format!("CREATE PUBLICATION {PUBLICATION} FOR TABLE {tables}");
-                source.run(&format!("SET ROLE {PGCUTOVER}; {create}; RESET ROLE")).await
+        let some = format!("CREATE PUBLICATION {PUBLICATION} FOR TABLE branches, accounts, ledger, history");
+        match (publication, rights) {
+            (Publication::AllTables, _) => {
+                source.run(&format!("CREATE PUBLICATION {PUBLICATION} FOR ALL TABLES")).await
             }
+            (Publication::Tables, Rights::Granted) => {
+                source.run(&format!("SET ROLE {PGCUTOVER}; {some}; RESET ROLE")).await
+            }
+            (Publication::Tables, Rights::ToGrant) => source.run(&some).await,
         }
     }
 
-    async fn subscribe(&self) -> Result<()> {
+    async fn subscribe(&self, rights: Rights) -> Result<()> {
         let target = self.target.superuser(DATABASE).await?;
-        let dsn = self.source.dsn(PGCUTOVER, &password(PGCUTOVER), DATABASE);
+        let login = if rights == Rights::Granted { PGCUTOVER } else { REPLICATOR };
+        let dsn = self.source.dsn(login, &password(login), DATABASE);
         target.run(&format!("CREATE SUBSCRIPTION {SUBSCRIPTION} CONNECTION '{dsn}' PUBLICATION {PUBLICATION}")).await?;
-        if self.target.major() >= 16 {
+        if rights == Rights::Granted && self.target.major() >= 16 {
             // Before 16 only a superuser may own a subscription.
             target.run(&format!("ALTER SUBSCRIPTION {SUBSCRIPTION} OWNER TO {PGCUTOVER}")).await?;
         }
@@ -206,21 +224,26 @@ impl Pair {
 }
 
 /// Makes the logins on the source and copies their verifiers, so that a client's proof is good on both.
-async fn make_logins(source: &Cluster, target: &Cluster) -> Result<BTreeMap<String, String>> {
+async fn make_logins(source: &Cluster, target: &Cluster, rights: Rights) -> Result<BTreeMap<String, String>> {
     let (on_source, on_target) = tokio::try_join!(source.superuser("postgres"), target.superuser("postgres"))?;
-    make_source_logins(&on_source).await?;
+    make_source_logins(&on_source, rights).await?;
     let mut verifiers = BTreeMap::new();
     for row in on_source.rows("SELECT rolname, rolpassword FROM pg_authid WHERE rolpassword IS NOT NULL").await? {
         let (login, verifier) = (row.get(0).context("a role without name")?, row.get(1).context("no verifier")?);
         on_target.run(&format!("CREATE ROLE {login} LOGIN PASSWORD '{verifier}'")).await?;
         verifiers.insert(login.to_owned(), verifier.to_owned());
     }
-    tokio::try_join!(grant_roles(&on_source, source.major()), grant_roles(&on_target, target.major()))?;
+    let (on_source, on_target) = (&on_source, &on_target);
+    tokio::try_join!(grant_roles(on_source, source.major(), rights), grant_roles(on_target, target.major(), rights))?;
     Ok(verifiers)
 }
 
-async fn make_source_logins(client: &Client) -> Result<()> {
-    for login in LOGINS {
+async fn make_source_logins(client: &Client, rights: Rights) -> Result<()> {
+    let logins = match rights {
+        Rights::Granted => LOGINS.as_slice(),
+        Rights::ToGrant => &[APP, OTHER, REPLICATOR],
+    };
+    for login in logins {
         client.run(&format!("CREATE ROLE {login} LOGIN PASSWORD '{}'", password(login))).await?;
     }
     Ok(())
@@ -237,11 +260,15 @@ async fn fill(cluster: &Cluster, accounts: u32) -> Result<()> {
 }
 
 /// The rights of proxyctl's login, the same on both sides: a rollback runs the other way.
-async fn grant_roles(client: &Client, major: u32) -> Result<()> {
+async fn grant_roles(client: &Client, major: u32, rights: Rights) -> Result<()> {
     client.run("CREATE ROLE app_owner NOLOGIN").await?;
+    client.run(&format!("CREATE DATABASE {DATABASE} OWNER app_owner")).await?;
+    if rights == Rights::ToGrant {
+        // It reads the tables for their first copy.
+        return client.run(&format!("ALTER ROLE {REPLICATOR} REPLICATION; GRANT app_owner TO {REPLICATOR}")).await;
+    }
     client.run(&format!("ALTER ROLE {PGCUTOVER} REPLICATION")).await?;
     client.run(&format!("GRANT app_owner, pg_monitor TO {PGCUTOVER}")).await?;
-    client.run(&format!("CREATE DATABASE {DATABASE} OWNER app_owner")).await?;
     client.run(&format!("GRANT CREATE ON DATABASE {DATABASE} TO {PGCUTOVER}")).await?;
     if major >= 16 {
         client.run(&format!("GRANT pg_create_subscription TO {PGCUTOVER}")).await?;
@@ -285,12 +312,15 @@ CREATE TABLE history_1 PARTITION OF history FOR VALUES WITH (MODULUS 2, REMAINDE
 GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON ALL TABLES IN SCHEMA public TO app, other;
 GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA public TO app, other;
 RESET ROLE;
-GRANT SELECT (rolname, rolpassword) ON pg_catalog.pg_authid TO pgcutover;
 ";
 
-async fn make_database(cluster: &Cluster) -> Result<()> {
+async fn make_database(cluster: &Cluster, rights: Rights) -> Result<()> {
     let superuser = cluster.superuser(DATABASE).await?;
     superuser.run(SCHEMA).await?;
+    if rights == Rights::ToGrant {
+        return Ok(());
+    }
+    superuser.run(&format!("GRANT SELECT (rolname, rolpassword) ON pg_catalog.pg_authid TO {PGCUTOVER}")).await?;
     if cluster.major() < 16 {
         // Only a superuser subscribes there: it leaves its functions, as the README tells it to.
         superuser.run(pgcutover_api::store::SUBSCRIBER).await?;

@@ -39,6 +39,23 @@ impl Cluster {
         self.ask("install the store", &store::transaction(store::OBJECTS), limit).await.map(drop)
     }
 
+    /// Takes the store away with every gate, whatever they hold. Clients of the tables wait behind no more than 300 ms of it at
+    /// a time; 55P03 when `limit` is over and a lock still could not be had.
+    pub async fn uninstall(&self, limit: Duration) -> Result<(), ClusterError> {
+        let deadline = Deadline::after(limit);
+        loop {
+            match self.ask("drop the store", &store::drop_objects(), deadline.left()).await {
+                Err(error) if error.sqlstate() == Some("55P03") && !deadline.is_over() => {}
+                answer => return answer.map(drop),
+            }
+        }
+    }
+
+    /// Whose objects the store holds.
+    pub async fn routes(&self, limit: Duration) -> Result<Vec<String>, ClusterError> {
+        self.list("routes", store::ROUTES, limit, |row| row.text("route")).await
+    }
+
     /// Whether the store is there.
     pub async fn installed(&self, limit: Duration) -> Result<bool, ClusterError> {
         self.row("store", store::INSTALLED, limit, store::decode_bool).await

@@ -168,6 +168,16 @@ impl Cluster {
     /// Takes the route's gate off every table and drops it, unless it holds by a commit or an open epoch.
     pub async fn disarm(&self, db: &Name, limit: Duration) -> Result<Vec<Ungated>, ClusterError> {
         let deadline = Deadline::after(limit);
+        let left = self.disarm_tables(db, limit).await?;
+        if left.is_empty() {
+            self.ask("disarm", &store::disarm(db), deadline.left().max(Duration::from_millis(300))).await?;
+        }
+        Ok(left)
+    }
+
+    /// The first half of that: no table has the gate any more. What is left over is the answer.
+    pub async fn disarm_tables(&self, db: &Name, limit: Duration) -> Result<Vec<Ungated>, ClusterError> {
+        let deadline = Deadline::after(limit);
         let mut left = Vec::new();
         for table in self.tables(db, limit).await? {
             if table.gate == GateState::Missing {
@@ -183,9 +193,6 @@ impl Cluster {
                     break;
                 }
             }
-        }
-        if left.is_empty() {
-            self.ask("disarm", &store::disarm(db), deadline.left().max(Duration::from_millis(300))).await?;
         }
         Ok(left)
     }

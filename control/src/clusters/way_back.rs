@@ -182,10 +182,15 @@ impl Cluster {
         self.ask("drop a subscription", &format!("DROP SUBSCRIPTION {name}"), limit).await.map(drop)
     }
 
-    /// Takes the route's publication away.
-    pub async fn withdraw(&self, db: &Name, limit: Duration) -> Result<(), ClusterError> {
-        let sql = format!("DROP PUBLICATION IF EXISTS {}", identifier(&publication(db)));
-        self.ask("drop a publication", &sql, limit).await.map(drop)
+    /// Takes the route's publication away; its name, if it was there.
+    pub async fn withdraw(&self, db: &Name, limit: Duration) -> Result<Option<String>, ClusterError> {
+        let name = publication(db);
+        let sql = format!("{PUBLICATION}{}", literal(&name));
+        if self.list("publication of the way back", &sql, limit, member).await?.is_empty() {
+            return Ok(None);
+        }
+        let sql = format!("DROP PUBLICATION IF EXISTS {}", identifier(&name));
+        self.ask("drop a publication", &sql, limit).await.map(|_| Some(name))
     }
 
     async fn is_helped(&self, limit: Duration) -> Result<bool, ClusterError> {

@@ -107,7 +107,7 @@ impl fmt::Display for Runs {
             writeln!(f, "{line}")?;
         }
         self.unreadable.iter().try_for_each(|error| writeln!(f, "ERROR: {error}"))?;
-        write!(f, "{} runs", self.runs.len())
+        write!(f, "{} run{}", self.runs.len(), if self.runs.len() == 1 { "" } else { "s" })
     }
 }
 

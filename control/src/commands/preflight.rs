@@ -19,8 +19,8 @@ struct Findings {
     findings: Vec<Finding>,
 }
 
-/// Looks and prints.
-pub async fn run(context: &Context) -> anyhow::Result<Exit> {
+/// Looks and prints; `then` is the command that a person types next where nothing is red.
+pub async fn run(context: &Context, then: Option<&str>) -> anyhow::Result<Exit> {
     let config = &context.config;
     let clusters = Clusters::connect(&config.source.endpoint, &config.target.endpoint).await?;
     let fleet = roster::assemble(config, &clusters.source).await?;
@@ -30,6 +30,11 @@ pub async fn run(context: &Context) -> anyhow::Result<Exit> {
     findings.sort_by_key(|finding| std::cmp::Reverse(finding.level));
     let level = findings.first().map_or(Level::Green, |finding| finding.level);
     context.printer.data(&Findings { level, findings });
+    match (level, then) {
+        (_, None) => {}
+        (Level::Red, Some(_)) => context.printer.next("mend what is red, then look again"),
+        (Level::Yellow | Level::Green, Some(then)) => context.printer.next(format_args!("'proxyctl {then}'")),
+    }
     Ok(if level == Level::Red { Exit::Refused } else { Exit::Done })
 }
 
@@ -38,7 +43,9 @@ impl fmt::Display for Findings {
         for finding in &self.findings {
             writeln!(f, "{finding}")?;
         }
-        let red = self.findings.iter().filter(|finding| finding.level == Level::Red).count();
-        if red == 0 { write!(f, "nothing stands in the way") } else { write!(f, "{red} to fix before a cutover") }
+        let of = |level| self.findings.iter().filter(|finding| finding.level == level).count();
+        let (red, yellow, green) = (of(Level::Red), of(Level::Yellow), of(Level::Green));
+        let verdict = if red == 0 { "nothing stands in the way" } else { "a run would refuse to start" };
+        write!(f, "{verdict}: {red} red, {yellow} yellow, {green} green")
     }
 }

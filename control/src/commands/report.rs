@@ -9,6 +9,8 @@ use clap::Args;
 use pgcutover_api::epoch::RunId;
 
 use crate::commands::Context;
+use crate::event::Ending;
+use crate::finding::Level;
 use crate::journal::{self, Journal};
 use crate::printer::{Exit, Printer};
 use crate::report::samples::Samples;
@@ -53,7 +55,26 @@ pub fn tell(printer: Printer, journal: &Journal, page: Option<PathBuf>, clients:
         Err(error) => printer.talk(format_args!("proxyctl: no report page: {error:#}")),
     }
     printer.data(&report);
+    printer.next(next(&report));
     let exit = report.outcome.into();
     let differs = report.verification.is_some_and(|verification| verification.differs());
     if exit == Exit::Done && differs { Exit::Differs } else { exit }
+}
+
+/// What a person does after a run that ended so.
+fn next(report: &report::Report) -> String {
+    let source = &report.source;
+    let is_red = report.findings.iter().any(|finding| finding.level == Level::Red);
+    match report.outcome {
+        Ending::Rehearsed => "the same without rehearsing, when the time has come".to_owned(),
+        Ending::Committed => {
+            format!("'proxyctl status' tells where everything stands; {source} stays fenced")
+        }
+        Ending::Refused | Ending::Aborted if is_red => {
+            "mend what is red above; 'proxyctl preflight' looks without holding anybody; then the same again".to_owned()
+        }
+        Ending::Refused | Ending::Aborted => "the same again, when the time has come".to_owned(),
+        Ending::Unfinished => "'proxyctl resume-run' finishes what does not follow by itself".to_owned(),
+        Ending::Undecided => format!("see that {source} answers, then 'proxyctl resume-run'"),
+    }
 }

@@ -278,7 +278,10 @@ fn broke_off(journal: &Journal) -> String {
     let started = |event: &Event| if let Event::Started { step } = event { Some(*step) } else { None };
     let step = journal.records().iter().rev().find_map(|record| started(&record.event));
     let place = step.map_or("before its first step".to_owned(), |step| format!("at '{step}'"));
-    let who = journal.died_at_work().map(|who| format!(" ({who})")).unwrap_or_default();
+    // The lock names a run, too: said once where it is this one.
+    let own = began(journal).map(|began| format!("run {} of ", began.run)).unwrap_or_default();
+    let who = journal.died_at_work().map(|who| format!(" ({})", who.strip_prefix(own.as_str()).unwrap_or(who)));
+    let who = who.unwrap_or_default();
     format!("broke off {place}{who}")
 }
 

@@ -59,7 +59,7 @@ impl Rollback {
             }
         }
         match (self.preflight, self.rehearse) {
-            (true, _) => series::preflights(&back).await,
+            (true, _) => series::preflights(&back, Some("rollback --rehearse")).await,
             (false, true) => series::run(&self.how, Goal::Rehearsal, back).await,
             (false, false) => series::run(&self.how, Goal::Cutover, back).await,
         }

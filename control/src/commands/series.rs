@@ -13,7 +13,7 @@ pub async fn run(how: &Cutover, goal: Goal, contexts: Vec<Context>) -> anyhow::R
     let Some(printer) = contexts.first().map(|context| context.printer) else { return Ok(Exit::Usage) };
     let interrupt = interrupt(printer)?;
     if contexts.len() > 1 {
-        let exit = preflights(&contexts).await?;
+        let exit = preflights(&contexts, None).await?;
         if exit != Exit::Done {
             printer.talk("nothing was moved: every database has to be ready first");
             return Ok(exit);
@@ -42,14 +42,14 @@ pub async fn run(how: &Cutover, goal: Goal, contexts: Vec<Context>) -> anyhow::R
     Ok(Exit::Done)
 }
 
-/// Preflight of each; the first answer that is not [`Exit::Done`], after all have been looked at.
-pub async fn preflights(contexts: &[Context]) -> anyhow::Result<Exit> {
+/// Preflight of each, after which a person types `then`; the first answer that is not [`Exit::Done`], after all have been looked at.
+pub async fn preflights(contexts: &[Context], then: Option<&str>) -> anyhow::Result<Exit> {
     let mut worst = Exit::Done;
     for context in contexts {
         if contexts.len() > 1 {
             context.printer.talk(format_args!("{}:", context.config.path.display()));
         }
-        let exit = preflight::run(context).await?;
+        let exit = preflight::run(context, then).await?;
         if worst == Exit::Done {
             worst = exit;
         }

@@ -264,7 +264,7 @@ impl fmt::Display for Status {
                 (Some(error), _) => writeln!(f, "proxy {}: ERROR: {error}", gate.proxy)?,
                 (None, state) => writeln!(
                     f,
-                    "proxy {} ({}): {}, routes to {} (epoch {}), {} held, {} open transactions",
+                    "proxy {} ({}): {}, routes to {} (epoch {}), clients held: {}, transactions open: {}",
                     gate.proxy,
                     gate.origin.as_deref().unwrap_or(none),
                     state.as_deref().unwrap_or(none),

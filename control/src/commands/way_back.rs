@@ -78,6 +78,9 @@ impl WayBack {
             }
         }
         context.printer.data(&standing);
+        if self.work == Work::Drop && exit == Exit::Done {
+            context.printer.next("'proxyctl objects drop', if our tables and gates shall go, too");
+        }
         Ok(exit)
     }
 }
@@ -133,14 +136,16 @@ async fn drop_all(way: &Way<'_>, standing: &mut Standing) -> Result<(), StepErro
     let there = other.subscriptions(way.db, &[way.name()], STEP_DEADLINE).await?;
     for subscription in &there {
         drop_subscription(other, serving, subscription).await?;
-        standing.dropped.push(format!("subscription {} of {}", subscription.name, way.other.1.backend));
+        let (on, from) = (&way.other.1.backend, &way.serving.1.backend);
+        standing.dropped.push(format!("subscription {} of {on}, with its slot on {from}", subscription.name));
     }
     for (cluster, side) in [way.serving, way.other] {
         for offer in cluster.offers(way.db, STEP_DEADLINE).await? {
             cluster.drop_slot(&offer.slot, STEP_DEADLINE).await?;
             standing.dropped.push(format!("slot {} of {}", offer.slot, side.backend));
         }
-        cluster.withdraw(way.db, STEP_DEADLINE).await?;
+        let publication = cluster.withdraw(way.db, STEP_DEADLINE).await?;
+        standing.dropped.extend(publication.map(|name| format!("publication {name} of {}", side.backend)));
     }
     Ok(())
 }

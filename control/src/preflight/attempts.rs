@@ -36,6 +36,9 @@ pub(super) async fn attempts(cluster: &Cluster, inquiry: &Inquiry) -> Result<Vec
     if inquiry.limits.way_back {
         attempts.push(attempt(cluster, "slot", &scratch_slot(&scratch), limit).await?);
     }
+    // What was tried has a name that nobody can look up any more.
+    let words = |words: String| words.replace(&format!(" \"{scratch}\""), "");
+    attempts.iter_mut().for_each(|attempt| attempt.refusal = attempt.refusal.take().map(words));
     Ok(attempts)
 }
 

@@ -262,6 +262,15 @@ pub fn disarm(db: &Name) -> String {
     call("disarm", &literal(db.as_str()))
 }
 
+/// Takes the whole store with every gate, whatever it holds: only where nobody needs its memory any more. Errors: 55P03, to be
+/// retried.
+pub fn drop_objects() -> String {
+    transaction("SET LOCAL lock_timeout = 300; DROP SCHEMA IF EXISTS pgcutover CASCADE")
+}
+
+/// The routes that have anything in this store: one text a row.
+pub const ROUTES: &str = "SELECT s.db AS route FROM pgcutover.sentinel s ORDER BY 1";
+
 /// Creates the event trigger of an armed route, always on. Errors: 42501 for all but superusers: warn then.
 pub fn event_trigger(db: &Name) -> String {
     let name = format!("pgcutover_ddl_{db}");

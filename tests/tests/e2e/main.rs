@@ -96,6 +96,8 @@ mod rollback;
 #[cfg(test)]
 mod physical;
 #[cfg(test)]
+mod chapter;
+#[cfg(test)]
 mod fleet;
 #[cfg(test)]
 mod release;
