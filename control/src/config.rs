@@ -179,6 +179,21 @@ pub struct Sequences {
     pub gap: u32,
 }
 
+/// Whether something may be different on the target that clients would notice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// It must be equal.
+    Refused,
+    /// Somebody has looked at what clients do and said yes.
+    Accepted,
+}
+
+impl Change {
+    fn accepted_by(flag: Option<bool>) -> Change {
+        if flag == Some(true) { Change::Accepted } else { Change::Refused }
+    }
+}
+
 /// Choices that are not deadlines.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
@@ -189,7 +204,9 @@ pub struct Policy {
     /// The login of the proxies for decisions; gets its rights on our tables when they are made.
     pub proxy_role: String,
     /// Whether user-defined types may have other oids on the target: preflight is red otherwise.
-    pub accept_oid_change: bool,
+    pub oid_change: Change,
+    /// Whether columns may have another order or other types on the target: preflight is red otherwise.
+    pub column_change: Change,
     /// Attempts that `cutover` and `rehearse` make at most; 1 or more.
     pub attempts: u32,
     /// How long the second one waits; each further one waits twice as long as the one before.
@@ -386,7 +403,8 @@ fn policy(section: Option<Section>) -> Checked<Policy> {
         on_timeout: OnTimeout::Abort,
         prewarm: 20,
         proxy_role: "pgcutover_proxy".to_owned(),
-        accept_oid_change: false,
+        oid_change: Change::Refused,
+        column_change: Change::Refused,
         attempts: 1,
         back_off: Duration::from_secs(5),
         unlisted: Unlisted::Refuse,
@@ -397,7 +415,8 @@ fn policy(section: Option<Section>) -> Checked<Policy> {
         on_timeout: section.choice("on_timeout", ON_TIMEOUT)?.unwrap_or(default.on_timeout),
         prewarm: section.small("prewarm")?.unwrap_or(default.prewarm),
         proxy_role: section.text("proxy_role")?.unwrap_or(default.proxy_role),
-        accept_oid_change: section.flag("accept_oid_change")?.unwrap_or(default.accept_oid_change),
+        oid_change: Change::accepted_by(section.flag("accept_oid_change")?),
+        column_change: Change::accepted_by(section.flag("accept_column_change")?),
         attempts: section.small("attempts")?.unwrap_or(default.attempts),
         back_off: section.duration("back_off")?.unwrap_or(default.back_off),
         unlisted: section.choice("unlisted", UNLISTED)?.unwrap_or(default.unlisted),
@@ -534,15 +553,22 @@ dsn = "host=127.0.0.1 port=6432 user=admin password=secret dbname=pgcutover"
         assert_eq!(config.policy, least.policy);
         assert_eq!(config.sequences, least.sequences);
         assert_eq!(config.way_back, least.way_back);
-        assert!(text.contains("\naccept_oid_change = false "), "the example names the key");
+        for key in ["accept_oid_change", "accept_column_change"] {
+            assert!(text.contains(&format!("\n{key} = false ")), "the example names {key}");
+        }
     }
 
     #[test]
-    fn other_oids_are_accepted_only_by_word() {
-        let policy = |text: &str| Config::parse(Path::new("cutover.toml"), text).unwrap().policy;
-        assert!(!policy(LEAST).accept_oid_change);
-        assert!(!policy(&with("[policy]\nprewarm = 3\n")).accept_oid_change);
-        assert!(policy(&with("[policy]\naccept_oid_change = true\n")).accept_oid_change);
+    fn changes_are_accepted_only_by_word() {
+        let changes = |text: &str| {
+            let policy = Config::parse(Path::new("cutover.toml"), text).unwrap().policy;
+            [policy.oid_change, policy.column_change]
+        };
+        assert_eq!(changes(LEAST), [Change::Refused; 2]);
+        assert_eq!(changes(&with("[policy]\nprewarm = 3\n")), [Change::Refused; 2]);
+        let oids = "[policy]\naccept_oid_change = true\naccept_column_change = false\n";
+        assert_eq!(changes(&with(oids)), [Change::Accepted, Change::Refused]);
+        assert_eq!(changes(&with("[policy]\naccept_column_change = true\n")), [Change::Refused, Change::Accepted]);
         assert_eq!(error(&with("[policy]\naccept_oid_change = 'yes'\n")).key, "policy.accept_oid_change");
         assert_eq!(error(&with("[policy]\nattempts = 0\n")).key, "policy.attempts");
     }

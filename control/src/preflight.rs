@@ -5,15 +5,17 @@
 
 mod attempts;
 mod checks;
+mod definitions;
 mod facts;
 mod standby;
 mod types;
 
 pub use crate::preflight::attempts::Attempt;
 pub use crate::preflight::checks::checks;
+pub use crate::preflight::definitions::{Definition, Definitions, Part};
 pub use crate::preflight::facts::{
-    BouncerFacts, ClusterFacts, Control, Facts, Inquiry, Limits, LoginRole, LoginVerdict, OidChange, ProxyBackend,
-    ProxyFacts, ReplicationFacts, Session, StoreFacts, Verdict, Verifiers, Watched, gather,
+    BouncerFacts, ClusterFacts, Control, Facts, Inquiry, Limits, LoginRole, LoginVerdict, ProxyBackend, ProxyFacts,
+    ReplicationFacts, Session, StoreFacts, Verdict, Verifiers, Watched, gather,
 };
 pub use crate::preflight::standby::{Holds, Neighbour, StandbyFacts};
 pub use crate::preflight::types::{Kind, Rank, TypeFacts, TypeName, Types};

@@ -356,17 +356,18 @@ impl Clusters {
     ) -> Result<(Vec<String>, Option<Lsn>), ClusterError> {
         // Each look is answered at once by a server that lives.
         const LOOK: Duration = Duration::from_millis(500);
-        if self.target.sentinel(db, LOOK).await?.as_deref() != Some(token) {
-            return Ok((vec!["the sentinel".to_owned()], None));
-        }
-        let of = match of {
-            Feed::Subscriptions(of) => of,
-            Feed::Wal => {
-                let replayed = self.target.replayed(LOOK).await?;
-                let late = replayed.is_none_or(|at| at < position);
-                return Ok((if late { vec![format!("position {position}")] } else { Vec::new() }, replayed));
-            }
+        let replayed = match of {
+            Feed::Subscriptions(_) => None,
+            // First: before its WAL is replayed a standby may not have the table yet that the sentinel is in.
+            Feed::Wal => match self.target.replayed(LOOK).await? {
+                Some(at) if at >= position => Some(at),
+                replayed @ (Some(_) | None) => return Ok((vec![format!("position {position}")], replayed)),
+            },
         };
+        if self.target.sentinel(db, LOOK).await?.as_deref() != Some(token) {
+            return Ok((vec!["the sentinel".to_owned()], replayed));
+        }
+        let Feed::Subscriptions(of) = of else { return Ok((Vec::new(), replayed)) };
         let slots = self.source.slots(of, LOOK).await?;
         let arrived = |name: &str| slots.iter().any(|s| s.name == name && s.replayed.is_some_and(|at| at >= position));
         let late = of.iter().filter(|s| !s.slot.as_deref().is_some_and(arrived));

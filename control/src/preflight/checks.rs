@@ -4,6 +4,7 @@
 
 mod bouncers;
 mod data;
+mod definitions;
 mod people;
 mod replication;
 mod servers;
@@ -65,6 +66,7 @@ pub fn checks(facts: &Facts) -> Vec<Finding> {
         data::target_triggers,
         data::server_bound,
         types::type_oids,
+        definitions::definitions,
         people::old_transactions,
         people::prepared_transactions,
         people::proxy_role,

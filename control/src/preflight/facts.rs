@@ -10,9 +10,11 @@ use crate::clusters::{
     BadCell, Cells, Cluster, ClusterError, Clusters, PreparedTransaction, PublishedTable, Sequence, SlotState,
     Subscription, TableFacts, TableState, way_back,
 };
-use crate::config::Replication;
 use crate::config::members::{Address, Unlisted};
+use crate::config::{Change, Replication};
 use crate::preflight::attempts::{Attempt, attempts, tried};
+use crate::preflight::definitions;
+use crate::preflight::definitions::Definitions;
 use crate::preflight::standby;
 use crate::preflight::standby::StandbyFacts;
 use crate::preflight::types;
@@ -53,18 +55,11 @@ pub struct Limits {
     /// The backend that has to be active on every proxy.
     pub source_backend: String,
     /// Whether types may have other numbers on the target.
-    pub oid_change: OidChange,
+    pub oid_change: Change,
+    /// Whether columns may have another order or other types there.
+    pub column_change: Change,
     /// What becomes of proxies that nobody listed.
     pub unlisted: Unlisted,
-}
-
-/// Whether types may have other numbers on the target.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OidChange {
-    /// They must be equal.
-    Refused,
-    /// Somebody has looked at the drivers and said yes.
-    Accepted,
 }
 
 /// One proxy, as its console describes it; the caller asks.
@@ -241,6 +236,8 @@ pub struct ClusterFacts {
     pub verifiers: Verifiers,
     /// Types that clients may know by number.
     pub types: Types,
+    /// What the user's tables consist of.
+    pub definitions: Definitions,
     /// The decision store, if it is there.
     pub store: Option<StoreFacts>,
     /// What was tried.
@@ -397,6 +394,7 @@ async fn cluster(cluster: &Cluster, inquiry: &Inquiry) -> Result<ClusterFacts, C
         logins,
         verifiers,
         types: types::of(cluster, limit).await?,
+        definitions: definitions::of(cluster, limit).await?,
         store: store(cluster, limit).await?,
         attempts: attempts(cluster, inquiry).await?,
     })

@@ -161,7 +161,7 @@ const MEETS: &str = "SELECT p.place, m.type FROM \
      WHERE p.nspname !~ '^pg_' AND p.nspname NOT IN ('information_schema', 'pgcutover') AND m.type >= 16384";
 
 /// A type's name with its modifier, the same on every version: `format_type` would quote what is a keyword there.
-fn spelt(oid: &str, modifier: &str) -> String {
+pub(super) fn spelt(oid: &str, modifier: &str) -> String {
     format!(
         "(SELECT CASE WHEN xn.nspname = 'pg_catalog' THEN format_type(x.oid, {modifier}) \
            ELSE xn.nspname || '.' || coalesce(xe.typname || '[]', x.typname) \

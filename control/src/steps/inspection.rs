@@ -10,7 +10,7 @@ use pgcutover_api::rows::{BackendRow, PrepareRow, Verdict as Answer};
 use crate::clusters::{ClusterError, Clusters};
 use crate::config::{Config, Replication};
 use crate::finding::Finding;
-use crate::preflight::{self, Control, Inquiry, Limits, LoginVerdict, OidChange, ProxyBackend, ProxyFacts, Verdict};
+use crate::preflight::{self, Control, Inquiry, Limits, LoginVerdict, ProxyBackend, ProxyFacts, Verdict};
 use crate::proxies::{Fleet, Proxy, ProxyError, SHOW_DEADLINE};
 use crate::steps::{StepError, kept, paused, transplanted};
 
@@ -36,7 +36,8 @@ pub async fn inspect(config: &Config, clusters: &Clusters, fleet: &Fleet) -> Res
             way_back: config.way_back.enabled,
             proxy_role: config.policy.proxy_role.clone(),
             source_backend: config.source.backend.clone(),
-            oid_change: if config.policy.accept_oid_change { OidChange::Accepted } else { OidChange::Refused },
+            oid_change: config.policy.oid_change,
+            column_change: config.policy.column_change,
             unlisted: config.policy.unlisted,
         },
         limit: QUESTION,

@@ -9,10 +9,11 @@ use e2e::pair::{APP, DATABASE, PGCUTOVER, Pair, PairOptions, password};
 use pgcutover_api::epoch::{Epoch, RunId};
 use pgcutover_api::store::{self, Member, Name};
 use proxyctl::clusters::{Clusters, Role};
+use proxyctl::config::Change;
 use proxyctl::config::Replication;
 use proxyctl::config::members::Unlisted;
 use proxyctl::finding::{Finding, Level};
-use proxyctl::preflight::{Inquiry, Limits, OidChange, checks, gather};
+use proxyctl::preflight::{Inquiry, Limits, checks, gather};
 
 use crate::armed::{LIMIT, as_proxyctl};
 
@@ -32,7 +33,8 @@ pub(crate) fn inquiry() -> Inquiry {
             way_back: true,
             proxy_role: "pgcutover_proxy".to_owned(),
             source_backend: "blue".to_owned(),
-            oid_change: OidChange::Refused,
+            oid_change: Change::Refused,
+            column_change: Change::Refused,
             unlisted: Unlisted::Refuse,
         },
         limit: LIMIT,
@@ -125,6 +127,10 @@ const FAULTS: &[Fault] = &[
         "ALTER PUBLICATION app_pub DROP TABLE clash; DROP TABLE clash";
         target "CREATE TABLE clash (a int PRIMARY KEY); INSERT INTO clash VALUES (1); ALTER SUBSCRIPTION app_sub REFRESH PUBLICATION",
         "TRUNCATE clash"),
+    fault!(Red "definitions" "public.made"; source "CREATE TABLE made (a int PRIMARY KEY, b text)", "DROP TABLE made";
+        target "CREATE TABLE made (b text, a int PRIMARY KEY)", "DROP TABLE made"),
+    fault!(Yellow "definitions" "by %s of public.accounts";
+        source "CREATE INDEX \"by %s\" ON accounts (bid)", "DROP INDEX \"by %s\""; target "", ""),
     fault!(Yellow "server_bound" "whoami()";
         source "CREATE FUNCTION whoami() RETURNS int LANGUAGE sql AS 'SELECT pg_backend_pid()'", "DROP FUNCTION whoami()";
         target "", ""),

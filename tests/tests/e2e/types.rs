@@ -3,8 +3,9 @@
 
 use e2e::client::Client;
 use e2e::pair::PairOptions;
+use proxyctl::config::Change;
 use proxyctl::finding::{Finding, Level};
-use proxyctl::preflight::{Inquiry, OidChange, checks, gather};
+use proxyctl::preflight::{Inquiry, checks, gather};
 
 use crate::preflight::{Bench, inquiry};
 
@@ -21,7 +22,7 @@ const TYPES: &str = "CREATE EXTENSION hstore;
 const NO_TYPES: &str = "DROP FUNCTION best(), cheer(moods); DROP VIEW feelings; DROP TYPE addr, span; DROP DOMAIN positive, moods; DROP TYPE mood; DROP EXTENSION hstore";
 
 /// What preflight says of types, but for what it found right.
-async fn said(bench: &Bench, oid_change: OidChange) -> Vec<Finding> {
+async fn said(bench: &Bench, oid_change: Change) -> Vec<Finding> {
     let mut inquiry: Inquiry = inquiry();
     inquiry.limits.oid_change = oid_change;
     let found = checks(&gather(&bench.clusters, &inquiry).await.unwrap());
@@ -51,14 +52,14 @@ async fn last_oid(client: &Client) -> i64 {
 async fn types_of_another_shape_or_number_are_named() {
     for (from, to) in [(13, 17), (17, 13)] {
         let bench = Bench::start(&PairOptions::new(from, to)).await;
-        assert_eq!(said(&bench, OidChange::Refused).await, [], "tables alone have nothing to compare");
+        assert_eq!(said(&bench, Change::Refused).await, [], "tables alone have nothing to compare");
         // Far enough apart for no number to mean two things.
         burn(&bench.target, last_oid(&bench.source).await + 1000).await;
         bench.source.run(TYPES).await.unwrap();
-        names(&said(&bench, OidChange::Accepted).await, "public.mood", "is missing on the target");
+        names(&said(&bench, Change::Accepted).await, "public.mood", "is missing on the target");
         bench.target.run(TYPES).await.unwrap();
 
-        let refused = said(&bench, OidChange::Refused).await;
+        let refused = said(&bench, Change::Refused).await;
         names(&refused, "type public.addr, public.branches", "OutdatedSchemaCacheError");
         names(&refused, "type public.mood", "psycopg 3");
         // What a statement is told of a domain over an array of moods is an array of moods.
@@ -72,7 +73,7 @@ async fn types_of_another_shape_or_number_are_named() {
         names(&refused, "public.hstore, public.moods, public.positive, public.span", "by hand");
         let text = format!("{refused:?}");
         assert!(!text.contains("accounts") && !text.contains("is missing on the target\""), "{text}");
-        let accepted = said(&bench, OidChange::Accepted).await;
+        let accepted = said(&bench, Change::Accepted).await;
         assert!(accepted.iter().all(|f| f.level == Level::Yellow), "the same shapes on both: {accepted:#?}");
         // The range's multirange is on the newer side only: of no account there, of some where it is missed.
         assert_eq!(accepted.len(), if from < to { 3 } else { 4 }, "{accepted:#?}");
@@ -98,15 +99,15 @@ async fn types_of_another_shape_or_number_are_named() {
             ),
         ] {
             bench.target.run(change).await.unwrap();
-            names(&said(&bench, OidChange::Accepted).await, &format!("type public.{object}"), problem);
+            names(&said(&bench, Change::Accepted).await, &format!("type public.{object}"), problem);
             bench.target.run(back).await.unwrap();
         }
 
         bench.target.run("REVOKE SELECT ON pg_enum FROM PUBLIC").await.unwrap();
-        names(&said(&bench, OidChange::Accepted).await, "target role pgcutover", "pg_enum");
+        names(&said(&bench, Change::Accepted).await, "target role pgcutover", "pg_enum");
         bench.target.run("GRANT SELECT ON pg_enum TO PUBLIC").await.unwrap();
         bench.source.run(NO_TYPES).await.unwrap();
-        assert_eq!(said(&bench, OidChange::Refused).await, [], "what is on the target only does not count");
+        assert_eq!(said(&bench, Change::Refused).await, [], "what is on the target only does not count");
     }
 }
 
@@ -121,11 +122,11 @@ async fn a_number_that_means_two_types_is_refused() {
     bench.target.run("CREATE TYPE grade AS ENUM (); CREATE TYPE mood AS ENUM ()").await.unwrap();
     let oid = bench.source.number("SELECT 'mood'::regtype::oid").await.unwrap();
     assert_eq!(bench.target.number("SELECT 'grade'::regtype::oid").await.unwrap(), oid, "the seeding went wrong");
-    for oid_change in [OidChange::Refused, OidChange::Accepted] {
+    for oid_change in [Change::Refused, Change::Accepted] {
         let found = said(&bench, oid_change).await;
         names(&found, "public.mood", &format!("{oid} is public.mood here and public.grade there"));
     }
     bench.target.run("DROP TYPE mood, grade; CREATE TYPE mood AS ENUM (); CREATE TYPE grade AS ENUM ()").await.unwrap();
-    let found = said(&bench, OidChange::Accepted).await;
+    let found = said(&bench, Change::Accepted).await;
     assert!(found.iter().all(|f| f.level == Level::Yellow), "apart again: {found:#?}");
 }

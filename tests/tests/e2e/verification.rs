@@ -64,6 +64,7 @@ async fn zoo() -> Theatre {
     options.target.settings.extend(OTHERWISE.map(|(name, value)| (name.to_owned(), value.to_owned())));
     let mut stage = Stage::start(&Binaries::of(&[13, 17]).unwrap(), &options, 1).await.unwrap();
     stage.control.set("policy", "accept_oid_change", true);
+    stage.control.set("policy", "accept_column_change", true);
     let (source, target) = (&stage.pair.source, &stage.pair.target);
     let (source, target) = (source.superuser(DATABASE).await.unwrap(), target.superuser(DATABASE).await.unwrap());
     let mut turned = COLUMNS;

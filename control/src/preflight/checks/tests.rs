@@ -10,11 +10,13 @@ use crate::clusters::{
     Extent, GateState, Lag, Position, PreparedTransaction, PublishedTable, Receiver, Recovery, Sequence, Setting,
     SlotState, Standby, Subscription, TableFacts, TableKind, TableState,
 };
+use crate::config::Change;
 use crate::config::members::{Address, Unlisted};
 use crate::finding::{Finding, Level};
 use crate::preflight::attempts::Attempt;
+use crate::preflight::definitions::{Definition, Definitions, Part};
 use crate::preflight::facts::{
-    BouncerFacts, ClusterFacts, Control, Facts, Limits, LoginRole, LoginVerdict, OidChange, ProxyBackend, ProxyFacts,
+    BouncerFacts, ClusterFacts, Control, Facts, Limits, LoginRole, LoginVerdict, ProxyBackend, ProxyFacts,
     ReplicationFacts, Session, StoreFacts, Verdict, Verifiers, Watched,
 };
 use crate::preflight::standby::{Holds, Neighbour, StandbyFacts};
@@ -30,6 +32,22 @@ fn table(name: &str) -> TableFacts {
         other_owner: None,
         gate: GateState::Missing,
     }
+}
+
+fn part(part: Part, name: &str, text: &str, traits: &[&str]) -> Definition {
+    let traits = traits.iter().map(|one| (*one).to_owned()).collect();
+    Definition { table: "public.accounts".to_owned(), part, name: name.to_owned(), text: text.to_owned(), traits }
+}
+
+fn shape() -> Vec<Definition> {
+    vec![
+        part(Part::Column, "id", "integer", &["NOT NULL", "default"]),
+        part(Part::Column, "name", "text", &[]),
+        part(Part::Column, "at", "date", &["NOT NULL"]),
+        part(Part::Constraint, "accounts_pkey", "PRIMARY KEY (id)", &[]),
+        part(Part::Index, "accounts_name", "ON public.accounts USING btree (name)", &[]),
+        part(Part::Trigger, "touch", "touch", &[]),
+    ]
 }
 
 fn sequence(position: Position) -> Sequence {
@@ -105,6 +123,7 @@ fn cluster(system_identifier: u64, version_num: u32) -> ClusterFacts {
         logins: vec![login("app", "SCRAM-SHA-256$x"), login("pgcutover_proxy", "SCRAM-SHA-256$p")],
         verifiers: Verifiers::Read,
         types: Types::Read(vec![mood(20_000), array(mood(20_000), 19_999)]),
+        definitions: Definitions::Read(shape()),
         store: None,
         attempts: vec![attempt("store"), attempt("event_trigger"), attempt("activity"), attempt("slot")],
     }
@@ -164,7 +183,8 @@ fn healthy() -> Facts {
             way_back: true,
             proxy_role: "pgcutover_proxy".to_owned(),
             source_backend: "blue".to_owned(),
-            oid_change: OidChange::Refused,
+            oid_change: Change::Refused,
+            column_change: Change::Refused,
             unlisted: Unlisted::Refuse,
         },
     }
@@ -307,8 +327,51 @@ fn types_that_are_not_the_same_are_seen() {
 }
 
 #[test]
+fn tables_that_are_not_made_alike_are_seen() {
+    fn of(cluster: &mut ClusterFacts) -> &mut Vec<Definition> {
+        match &mut cluster.definitions {
+            Definitions::Read(definitions) => definitions,
+            Definitions::Hidden(_) => panic!("read"),
+        }
+    }
+    let (check, table) = ("definitions", "table public.accounts");
+    gives(Level::Red, check, table, |f| of(&mut f.target).clear());
+    gives(Level::Red, check, table, |f| drop(of(&mut f.target).remove(1)));
+    gives(Level::Red, check, "source role pgcutover", |f| f.source.definitions = Definitions::Hidden("no".to_owned()));
+    gives(Level::Red, check, "target role pgcutover", |f| f.target.definitions = Definitions::Hidden("no".to_owned()));
+    // Another order and another type: red until somebody accepts them.
+    for (accepted, level) in [(Change::Refused, Level::Red), (Change::Accepted, Level::Yellow)] {
+        gives(level, check, table, |f| {
+            of(&mut f.target).swap(0, 1);
+            f.limits.column_change = accepted;
+        });
+        gives(level, check, table, |f| {
+            of(&mut f.target)[0].text = "bigint".to_owned();
+            f.limits.column_change = accepted;
+        });
+    }
+    // A column more: red where an INSERT that does not know it fails.
+    for (traits, level) in
+        [(&["NOT NULL"][..], Level::Red), (&["NOT NULL", "default"], Level::Yellow), (&[], Level::Yellow)]
+    {
+        gives(level, check, table, |f| of(&mut f.target).insert(3, part(Part::Column, "more", "text", traits)));
+    }
+    gives(Level::Yellow, check, table, |f| of(&mut f.target)[2].traits.clear());
+    gives(Level::Yellow, check, "index accounts_name", |f| of(&mut f.target)[4].traits.push("invalid".to_owned()));
+    for (at, object) in [(3, "constraint accounts_pkey"), (4, "index accounts_name"), (5, "trigger touch")] {
+        gives(Level::Yellow, check, object, |f| drop(of(&mut f.target).remove(at)));
+    }
+    // Names of keys and indexes are anybody's choice; what the target has besides is no loss.
+    let others = |f: &mut Facts| {
+        of(&mut f.target)[4].name = "other".to_owned();
+        of(&mut f.target).push(part(Part::Index, "more", "ON public.accounts USING hash (name)", &[]));
+    };
+    assert_eq!(with(others), []);
+}
+
+#[test]
 fn types_of_other_numbers_are_red_until_accepted_and_name_the_drivers() {
-    let driver = |kind_of: Kind, word: &str, accepted: OidChange| {
+    let driver = |kind_of: Kind, word: &str, accepted: Change| {
         let found = with(|f| {
             let met_in = vec!["column public.t.x".to_owned(), "function public.f".to_owned()];
             types(&mut f.source).push(TypeFacts { met_in, ..kind("thing", kind_of, 40_000, "same") });
@@ -328,15 +391,15 @@ fn types_of_other_numbers_are_red_until_accepted_and_name_the_drivers() {
         (Kind::Domain, "by hand"),
         (Kind::Base, "by hand"),
     ] {
-        assert_eq!(driver(kind, word, OidChange::Refused), Level::Red);
-        assert_eq!(driver(kind, word, OidChange::Accepted), Level::Yellow);
+        assert_eq!(driver(kind, word, Change::Refused), Level::Red);
+        assert_eq!(driver(kind, word, Change::Accepted), Level::Yellow);
     }
 }
 
 #[test]
 fn a_number_of_two_types_is_red_whatever_is_accepted() {
     let found = with(|f| {
-        f.limits.oid_change = OidChange::Accepted;
+        f.limits.oid_change = Change::Accepted;
         types(&mut f.target)[0].oid = 20_001;
         types(&mut f.target).push(kind("other", Kind::Composite, 20_000, "composite {}"));
     });
@@ -345,7 +408,7 @@ fn a_number_of_two_types_is_red_whatever_is_accepted() {
     assert!(red[0].problem.contains("20000 is public.mood here and public.other there"), "{found:?}");
     // Its own array's number counts as another type too.
     let found = with(|f| {
-        f.limits.oid_change = OidChange::Accepted;
+        f.limits.oid_change = Change::Accepted;
         types(&mut f.target)[0].oid = 20_002;
         types(&mut f.target)[1].oid = 20_000;
     });

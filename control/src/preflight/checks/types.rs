@@ -4,9 +4,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::config::Change;
 use crate::finding::Finding;
 use crate::preflight::checks::{or_green, some};
-use crate::preflight::facts::{Facts, OidChange};
+use crate::preflight::facts::Facts;
 use crate::preflight::types::{Kind, Rank, TypeFacts, TypeName, Types};
 
 const CHECK: &str = "type_oids";
@@ -154,11 +155,11 @@ fn moved(facts: &Facts, pairs: &[Pair<'_>]) -> Vec<Finding> {
             applications(facts)
         );
         found.push(match facts.limits.oid_change {
-            OidChange::Refused => {
+            Change::Refused => {
                 let fix = "Build the target with equal oids (README), or say accept_oid_change = true under [policy].";
                 Finding::red(CHECK, object, problem, fix)
             }
-            OidChange::Accepted => {
+            Change::Accepted => {
                 Finding::yellow(CHECK, object, problem, "Let clients with such a driver reconnect after the cutover.")
             }
         });
