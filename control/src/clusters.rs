@@ -139,6 +139,14 @@ pub struct Answer {
     pub counts: Vec<u64>,
 }
 
+impl Answer {
+    /// Every row, decoded; the error names the server and the question.
+    fn decoded<T>(&self, role: Role, what: &'static str, decode: Decode<T>) -> Result<Vec<T>, ClusterError> {
+        let decoded = self.rows.iter().map(|row| decode(&Cells(row))).collect::<Result<Vec<T>, BadCell>>();
+        decoded.map_err(|problem| ClusterError::Answer { role, what, problem: problem.to_string() })
+    }
+}
+
 /// One server, connected when needed and again after a loss. Questions to one `Cluster` wait for each other; for something
 /// that must not wait, make [`Cluster::another`].
 #[derive(Debug)]
@@ -257,9 +265,7 @@ impl Cluster {
         limit: Duration,
         decode: Decode<T>,
     ) -> Result<Vec<T>, ClusterError> {
-        let answer = self.ask(what, sql, limit).await?;
-        let decoded = answer.rows.iter().map(|row| decode(&Cells(row))).collect::<Result<Vec<T>, BadCell>>();
-        decoded.map_err(|problem| self.unreadable(what, problem))
+        self.ask(what, sql, limit).await?.decoded(self.role, what, decode)
     }
 
     fn unreadable(&self, what: &'static str, problem: impl fmt::Display) -> ClusterError {

@@ -104,9 +104,7 @@ impl Pin {
         limit: Duration,
         decode: Decode<T>,
     ) -> Result<Vec<T>, ClusterError> {
-        let answer = self.ask(what, sql, limit).await?;
-        let decoded = answer.rows.iter().map(|row| decode(&Cells(row))).collect::<Result<Vec<T>, BadCell>>();
-        decoded.map_err(|problem| ClusterError::Answer { role: self.role, what, problem: problem.to_string() })
+        self.ask(what, sql, limit).await?.decoded(self.role, what, decode)
     }
 }
 

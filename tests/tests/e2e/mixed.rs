@@ -26,7 +26,7 @@ use crate::theatre::{ABORTED, LIMIT, REFUSED};
 const DONE: i32 = 0;
 /// Deadlines that suit tests, which share a machine: what they measure is not the stall.
 const BUDGETS: [(&str, &str); 5] =
-    [("drain", "900ms"), ("lease", "1500ms"), ("renew", "200ms"), ("stall", "5s"), ("transaction_age_max", "60s")];
+    [("drain", "2s"), ("lease", "2500ms"), ("renew", "200ms"), ("stall", "5s"), ("transaction_age_max", "60s")];
 
 /// The keeper has not been seen for so long that nobody takes it for alive.
 const GONE: &str =
