@@ -26,7 +26,7 @@ pub struct Definition {
     pub part: Part,
     /// Its name.
     pub name: String,
-    /// A column's type; else the definition without the name, comparable as text.
+    /// A column's type; else what it is made of, comparable as text.
     pub text: String,
     /// What else is true of a column (`NOT NULL`, `default`), or of an index (`invalid`); ordered.
     pub traits: Vec<String>,
@@ -84,7 +84,9 @@ fn decode(row: &Cells<'_>) -> Result<Definition, BadCell> {
     })
 }
 
-/// `attgenerated` is there from 12 on: read through JSON. An index's and a trigger's own words are cut before their names.
+/// `attgenerated` is there from 12 on: read through JSON. Put together from the catalogues' rows: the functions that write an
+/// index or a check as SQL lock its table, and would wait for whoever has locked it. So an expression is told from none, not
+/// from another, and a check by its name.
 fn question() -> String {
     format!(
         "WITH rel AS (SELECT c.oid, n.nspname || '.' || c.relname AS table_name FROM pg_class c \
@@ -96,12 +98,19 @@ fn question() -> String {
                CASE a.attidentity WHEN 'a' THEN 'identity (always)' WHEN 'd' THEN 'identity' END) AS traits \
            FROM rel JOIN pg_attribute a ON a.attrelid = rel.oid WHERE a.attnum > 0 AND NOT a.attisdropped \
          UNION ALL SELECT rel.table_name, 'index', 0, x.relname::text, \
-             CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END || substr(pg_get_indexdef(x.oid), \
-               length('CREATE ' || CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END || 'INDEX ' || quote_ident(x.relname)) + 2), \
+             concat_ws(' ', CASE WHEN i.indisunique THEN 'unique' END, m.amname, (SELECT string_agg(coalesce(a.attname, 'expression'), \
+                 ', ' ORDER BY u.place) FROM unnest(i.indkey::int2[]) WITH ORDINALITY u(number, place) \
+                 LEFT JOIN pg_attribute a ON u.number > 0 AND a.attrelid = i.indrelid AND a.attnum = u.number), \
+               i.indnkeyatts, i.indoption, CASE WHEN i.indpred IS NOT NULL THEN 'partial' END), \
              CASE WHEN i.indisvalid THEN '' ELSE 'invalid' END \
-           FROM rel JOIN pg_index i ON i.indrelid = rel.oid JOIN pg_class x ON x.oid = i.indexrelid \
+           FROM rel JOIN pg_index i ON i.indrelid = rel.oid JOIN pg_class x ON x.oid = i.indexrelid JOIN pg_am m ON m.oid = x.relam \
            WHERE NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = x.oid AND k.contype IN ('p', 'u', 'x')) \
-         UNION ALL SELECT rel.table_name, 'constraint', 0, k.conname::text, pg_get_constraintdef(k.oid), '' \
+         UNION ALL SELECT rel.table_name, 'constraint', 0, k.conname::text, \
+             concat_ws(' ', k.contype, CASE WHEN k.contype = 'c' THEN k.conname END, \
+               (SELECT string_agg(a.attname, ', ' ORDER BY u.place) FROM unnest(k.conkey) WITH ORDINALITY u(number, place) \
+                 JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = u.number), \
+               (SELECT fn.nspname || '.' || fc.relname FROM pg_class fc JOIN pg_namespace fn ON fn.oid = fc.relnamespace \
+                 WHERE k.contype = 'f' AND fc.oid = k.confrelid), CASE WHEN k.contype = 'f' THEN k.confdeltype END), '' \
            FROM rel JOIN pg_constraint k ON k.conrelid = rel.oid WHERE k.contype IN ('p', 'u', 'x', 'f', 'c') \
          UNION ALL SELECT rel.table_name, 'trigger', 0, t.tgname::text, t.tgname::text, '' \
            FROM rel JOIN pg_trigger t ON t.tgrelid = rel.oid WHERE NOT t.tgisinternal AND t.tgname <> 'pgcutover_gate' \
